@@ -1,0 +1,26 @@
+"""Tensor operations of multi-adapter inference. Knows tensors, no requests; imports only torch.
+
+Each operation is declared once (``library``), documented and checked once (``ops``), and computed
+by the backend that ``backends.select`` chose for it; ``reference`` is plain PyTorch and the oracle.
+"""
+
+from manylora_kernels.backends import available_backends, select_backend, selected_backend
+from manylora_kernels.nf4 import NF4Weight
+from manylora_kernels.ops import lora_delta_, nf4_linear, paged_attention, scale_shift_, store_kv_
+from manylora_kernels.segments import RankExtent, RankSegments, Segment, SegmentMap
+
+__all__ = [
+    "NF4Weight",
+    "RankExtent",
+    "RankSegments",
+    "Segment",
+    "SegmentMap",
+    "available_backends",
+    "lora_delta_",
+    "nf4_linear",
+    "paged_attention",
+    "scale_shift_",
+    "select_backend",
+    "selected_backend",
+    "store_kv_",
+]

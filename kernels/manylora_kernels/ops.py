@@ -1,0 +1,139 @@
+"""The operations, as equations, with their checks. Backends compute them; see ``backends``."""
+
+from __future__ import annotations
+
+import torch
+
+import manylora_kernels.library
+import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
+from manylora_kernels.nf4 import NF4Weight
+from manylora_kernels.segments import RankSegments
+
+
+def nf4_linear(
+    x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``y[t] = W x[t] + bias`` for a 4-bit ``W [out, in]``.
+
+    ``x``: ``[T, in]`` of any floating dtype; the result ``[T, out]`` has ``x``'s dtype. Sums are
+    at least in ``x``'s precision.
+    """
+    out_features, in_features = weight.shape
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x must be [T, {in_features}], got {tuple(x.shape)}")
+    result: torch.Tensor = torch.ops.manylora.nf4_linear(
+        x,
+        weight.packed,
+        weight.code,
+        weight.absmax,
+        weight.absmax_code,
+        weight.absmax_scale,
+        weight.absmax_offset,
+        weight.absmax_block_size,
+        out_features,
+        weight.block_size,
+        weight.quant_type,
+        bias,
+    )
+    return result
+
+
+def lora_delta_(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, runs: RankSegments
+) -> None:
+    """Add each token's own low-rank product to ``y``, in place.
+
+    For every segment ``i`` with tokens ``[t0, t1)``, rank rows ``[r0, r1)`` and weight ``w``::
+
+        y[t] += w * sum over r in [r0, r1) of (x[t] . a[r]) * b[r]        for t in [t0, t1)
+
+    ``y [T, out]``, ``x [T, in]``, ``a [R, in]``, ``b [R, out]``, one floating dtype. Tokens in no
+    segment keep their bits. What rows of ``a`` and ``b`` outside a token's own segments hold, NaN
+    included, does not reach it.
+    """
+    if x.shape[0] != y.shape[0] or x.shape[1] != a.shape[1] or y.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"shapes do not agree: y {tuple(y.shape)}, x {tuple(x.shape)}, "
+            f"a {tuple(a.shape)}, b {tuple(b.shape)}"
+        )
+    torch.ops.manylora.lora_delta_(
+        y, x, a, b, runs.segments, runs.weights, runs.gate, runs.first_row
+    )
+
+
+def scale_shift_(
+    y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, segments: torch.Tensor
+) -> None:
+    """Apply each token's own affine map to ``y``, in place.
+
+    For every segment ``(t0, t1, row)``: ``y[t] = scale[row] * y[t] + shift[row]`` for ``t`` in
+    ``[t0, t1)``. ``y [T, out]``, ``scale`` and ``shift`` ``[rows, out]``, ``segments`` int32
+    ``[S, 3]`` on the CPU. Tokens in no segment keep their bits.
+    """
+    if scale.shape != shift.shape or scale.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"scale and shift must be [rows, {y.shape[1]}], "
+            f"got {tuple(scale.shape)} and {tuple(shift.shape)}"
+        )
+    torch.ops.manylora.scale_shift_(y, scale, shift, segments)
+
+
+def store_kv_(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Write each token's key and value to its place in the paged cache.
+
+    ``k_cache [blocks, block_tokens, heads, dim_k]``, ``v_cache [.., dim_v]``, ``k [T, heads,
+    dim_k]``, ``v [T, heads, dim_v]``, ``positions`` int64 ``[T]`` = block * block_tokens + offset.
+    """
+    torch.ops.manylora.store_kv_(k_cache, v_cache, k, v, positions)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    num_decodes: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of a flattened batch over a paged cache that already holds its own tokens.
+
+    Sequence ``s`` owns queries ``[query_starts[s], query_starts[s+1])``, which are the last of its
+    ``context_lens[s]`` positions. Query at position ``p`` sees keys at positions ``j`` with
+    ``p - window < j <= p`` (all ``j <= p`` where ``window`` is 0)::
+
+        z_j = scale * q . k_j;  z_j = softcap * tanh(z_j / softcap) where softcap is not 0
+        out = sum_j exp(z_j) v_j / (sum_j exp(z_j) + exp(sink of the head, if any))
+
+    ``q [T, heads, dim_k]``; the cache's ``kv_heads`` divides ``heads`` (grouped queries).
+    ``block_tables`` int32 ``[S, max_blocks]``, padded with 0; ``context_lens`` int32 ``[S]``;
+    ``query_starts`` int32 ``[S + 1]``. The first ``num_decodes`` sequences have one query each.
+    Block 0 is never a sequence's own and must be finite; any other place beyond a sequence's
+    context may hold anything. Returns ``[T, heads, dim_v]``.
+    """
+    if q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"{k_cache.shape[2]} kv heads do not divide {q.shape[1]} query heads")
+    result: torch.Tensor = torch.ops.manylora.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        context_lens,
+        query_starts,
+        num_decodes,
+        scale,
+        window,
+        softcap,
+        sinks,
+    )
+    return result
