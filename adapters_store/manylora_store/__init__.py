@@ -1,0 +1,1 @@
+"""Adapters as data: formats, validation and compilation. Knows no server."""
