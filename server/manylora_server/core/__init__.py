@@ -1,0 +1,1 @@
+"""Configuration, errors and the nouns every other layer shares. Imports no torch."""

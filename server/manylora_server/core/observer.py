@@ -1,0 +1,81 @@
+"""What the engine tells whoever watches it (metrics), without knowing who that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from manylora_server.core.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One engine step. Tokens are rows of the flattened batch; times are seconds."""
+
+    seconds: float
+    batch_tokens: int
+    distinct_adapters: int
+    running_sequences: int
+    queue_depth: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_free: int
+    adapters_on_device: int
+    adapters_on_host: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """One request at its end. ``adapter`` is its name, ``None`` for the base; times in seconds."""
+
+    adapter: str | None
+    finish_reason: FinishReason
+    seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+class EngineObserver(Protocol):
+    """Called on the engine's thread; must be quick, thread-safe and must not raise."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Take note of a finished step."""
+
+    def on_first_token(self, adapter: str | None, seconds: float) -> None:
+        """Take note of the time from a request's arrival to its first token."""
+
+    def on_inter_token(self, adapter: str | None, seconds: float) -> None:
+        """Take note of the time between two tokens of one request."""
+
+    def on_finish(self, request: FinishedRequest) -> None:
+        """Take note of a request's end, whatever its reason."""
+
+    def on_adapter_load(self, seconds: float, *, tier: str, succeeded: bool) -> None:
+        """Take note of an adapter brought to ``tier`` (``host`` or ``device``)."""
+
+    def on_adapter_eviction(self) -> None:
+        """Take note of an adapter that lost its device slot to another."""
+
+
+class NullObserver:
+    """Watches nothing; for engines without metrics."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """Ignore."""
+
+    def on_first_token(self, adapter: str | None, seconds: float) -> None:
+        """Ignore."""
+
+    def on_inter_token(self, adapter: str | None, seconds: float) -> None:
+        """Ignore."""
+
+    def on_finish(self, request: FinishedRequest) -> None:
+        """Ignore."""
+
+    def on_adapter_load(self, seconds: float, *, tier: str, succeeded: bool) -> None:
+        """Ignore."""
+
+    def on_adapter_eviction(self) -> None:
+        """Ignore."""

@@ -1,0 +1,119 @@
+"""The shared nouns: what a request asks for and what comes back (DESIGN section 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; ``STOP`` and ``LENGTH`` are OpenAI's, the others end in an error."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it stops.
+
+    Logits are changed in this order: logit bias; repetition penalty (over prompt and output);
+    presence and frequency penalties (over the output); ``min_tokens`` masks the stop tokens;
+    division by ``temperature``; then top-k, top-p and min-p restrict the distribution, each over
+    the renormalised result of the one before (the order of transformers). ``temperature == 0`` is
+    greedy and ignores the last three.
+    ``logprobs`` is the number of most likely alternatives to report (of the distribution before
+    temperature and truncation), ``None`` for none at all. ``seed`` makes a request's draws
+    reproducible whatever else is in the batch.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """The adapter revision a request resolved to; fixed for the request's whole life."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One accepted generation request; ``adapter`` is ``None`` for the base.
+
+    ``deadline`` is on the clock of ``time.monotonic`` (seconds). A higher ``priority`` is
+    scheduled first.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterChoice | None = None
+    priority: int = 0
+    deadline: float | None = None
+    arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one sampled token and of the most likely alternatives (nats)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step added to one request.
+
+    ``text`` is only new text; it never ends within a character or a possible stop string, so
+    it may be empty though tokens came. The last output of a request, and only that one, has a
+    ``finish_reason``; ``error`` is set where that is ``ERROR``. ``stop_reason`` is the stop string
+    or stop token id that ended it, ``None`` for end-of-sequence and length.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None

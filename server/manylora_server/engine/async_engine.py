@@ -1,0 +1,225 @@
+"""The engine behind an event loop: one thread steps, each request has its own stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from manylora_server.core.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    NotReadyError,
+    OverloadedError,
+)
+from manylora_server.core.types import Request, RequestOutput
+from manylora_server.engine.catalog import AdapterCatalog
+from manylora_server.engine.engine import Engine
+from manylora_server.model.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a request must fit: tokens of prompt and output together, and requests unfinished."""
+
+    max_model_len: int
+    max_cached_tokens: int
+    vocab_size: int
+    max_unfinished: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[RequestOutput]
+
+
+class AsyncEngine:
+    """Accepts requests from event loops and runs ``Engine`` in a thread of its own.
+
+    The thread alone touches the engine; additions and aborts reach it through a queue and take
+    effect before its next step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        adapters: AdapterCatalog,
+        tokenizer: Tokenizer,
+        model_name: str,
+        limits: EngineLimits,
+    ) -> None:
+        self.adapters = adapters
+        self.tokenizer = tokenizer
+        self.model_name = model_name
+        self.created = int(time.time())
+        self.limits = limits
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._lock = threading.Lock()
+        self._accepting = False
+        self._thread = threading.Thread(target=self._run, name="manylora-engine", daemon=True)
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows."""
+        return self.limits.vocab_size
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted now."""
+        return self._accepting and not self.dead
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's thread has ended; only a restart helps then."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
+    @property
+    def unfinished(self) -> int:
+        """How many accepted requests have not ended."""
+        with self._lock:
+            return len(self._streams)
+
+    def start(self) -> None:
+        """Start stepping and accepting requests."""
+        self._thread.start()
+        self._accepting = True
+
+    def validate(self, request: Request) -> None:
+        """Raise the ``ManyloraError`` for which ``request`` could not be accepted now, if any."""
+        if not self.ready:
+            raise NotReadyError("the server is starting or shutting down; try again later.")
+        prompt = len(request.prompt_token_ids)
+        if prompt == 0:
+            raise InvalidRequestError(
+                "prompt: it holds no tokens; at least one is needed.", param="prompt"
+            )
+        wanted = request.sampling.max_tokens
+        limits = self.limits
+        if prompt + wanted > limits.max_model_len:
+            raise ContextLengthError(
+                f"prompt and max_tokens: {prompt} prompt tokens and {wanted} new ones make "
+                f"{prompt + wanted}; the model's context is {limits.max_model_len} tokens.",
+                param="max_tokens" if prompt < limits.max_model_len else "prompt",
+            )
+        if prompt + wanted > limits.max_cached_tokens:
+            raise ContextLengthError(
+                f"prompt and max_tokens: {prompt + wanted} tokens do not fit the KV cache of "
+                f"{limits.max_cached_tokens} tokens; ask for fewer, or start the server with a "
+                "larger --kv-cache-memory.",
+                param="max_tokens",
+            )
+        if self.unfinished >= limits.max_unfinished:
+            raise OverloadedError(
+                f"{limits.max_unfinished} requests are running or waiting; try again later."
+            )
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Run ``request`` and yield its outputs as they come; the last has a finish reason.
+
+        Raises what ``validate`` raises, before the first output. Closing the iterator early
+        aborts the request.
+        """
+        self.validate(request)
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        request_id = request.request_id
+        with self._lock:
+            assert request_id not in self._streams, "request ids must be unique"
+            self._streams[request_id] = stream
+        self._inbox.put(request)
+        finished = False
+        try:
+            while not finished:
+                output = await stream.outputs.get()
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            if not finished:
+                self._inbox.put(request_id)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let the accepted ones finish for ``timeout_s``, abort the rest."""
+        self._accepting = False
+        deadline = time.monotonic() + timeout_s
+        while self.unfinished and not self.dead and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        with self._lock:
+            rest = list(self._streams)
+        if rest:
+            logger.warning("%d requests did not finish in time and are aborted", len(rest))
+        for request_id in rest:
+            self._inbox.put(request_id)
+        while self.unfinished and not self.dead:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        """Stop the thread after its current step. Unfinished requests end with an error."""
+        self._accepting = False
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        outputs: list[RequestOutput] = []
+        try:
+            while self._receive():
+                try:
+                    outputs = self._engine.step()
+                except Exception:
+                    logger.exception("the engine failed between steps")
+                    outputs = self._engine.fail_all("the engine failed")
+                self._deliver(outputs)
+        finally:
+            self._accepting = False
+            self._deliver(self._engine.fail_all("the server is shutting down"))
+
+    def _receive(self) -> bool:
+        """Take in what was sent, waiting for it where there is no work; false to stop."""
+        block = not self._engine.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            if isinstance(message, Request):
+                self._engine.add(message)
+            else:
+                output = self._engine.abort(message)
+                if output is not None:
+                    self._deliver([output])
+            block = not self._engine.has_work
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Send each output to its stream, with one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
+        with self._lock:
+            for output in outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is None:
+                    continue
+                if output.finish_reason is not None:
+                    del self._streams[output.request_id]
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+        for loop, items in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, items)
+
+
+def _put_all(items: list[tuple[_Stream, RequestOutput]]) -> None:
+    for stream, output in items:
+        stream.outputs.put_nowait(output)

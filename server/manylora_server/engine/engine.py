@@ -1,0 +1,337 @@
+"""The synchronous engine: add requests, abort them, and step. One thread owns it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from manylora_server.core.config import EngineConfig
+from manylora_server.core.errors import AdapterLoadError
+from manylora_server.core.observer import (
+    EngineObserver,
+    FinishedRequest,
+    NullObserver,
+    StepStats,
+)
+from manylora_server.core.types import FinishReason, Request, RequestOutput, TokenLogprob
+from manylora_server.engine.detokenizer import Decoder, Detokenizer
+from manylora_server.engine.kv_blocks import KVBlocks
+from manylora_server.engine.scheduler import Scheduled, Scheduler
+from manylora_server.engine.sequence import Sequence
+from manylora_server.model.batch import Chunk
+from manylora_server.model.sampler import Sampled, SamplerState, sample
+from manylora_server.model.slots import AdapterSlots
+from manylora_store.canonical import CompiledAdapter
+
+logger = logging.getLogger(__name__)
+
+# Enough of the prompt's end to decode the first new token in its context.
+_CONTEXT_TOKENS = 8
+
+
+class Runner(Protocol):
+    """Computes a step; see ``model.runner.ModelRunner``."""
+
+    def logits(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
+        """Return float32 ``[n, vocab]``, a row per chunk with ``sample``."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that has not ended."""
+
+    sequence: Sequence
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    end_token_ids: frozenset[int]
+    last_token_time: float | None = None
+
+
+class _Slots:
+    """``AdapterSlots`` as the scheduler wants it."""
+
+    def __init__(
+        self,
+        slots: AdapterSlots,
+        loader: Callable[[str], Callable[[], CompiledAdapter]],
+        observer: EngineObserver,
+    ) -> None:
+        self._slots = slots
+        self._loader = loader
+        self._observer = observer
+
+    def acquire(self, sequence: Sequence) -> int | None:
+        digest = sequence.digest
+        assert digest is not None
+        if self._slots.is_resident(digest):
+            return self._slots.acquire(digest, self._loader(digest))
+        start = time.perf_counter()
+        try:
+            slot = self._slots.acquire(digest, self._loader(digest))
+        except (RuntimeError, MemoryError) as error:
+            self._observer.on_adapter_load(
+                time.perf_counter() - start, tier="device", succeeded=False
+            )
+            raise AdapterLoadError(f"the adapter could not be loaded: {error}") from error
+        if slot is not None:
+            self._observer.on_adapter_load(
+                time.perf_counter() - start, tier="device", succeeded=True
+            )
+        return slot
+
+    def release(self, slot: int) -> None:
+        self._slots.release(slot)
+
+    def references(self, digest: str) -> int:
+        return self._slots.references(digest)
+
+    def is_resident(self, digest: str) -> bool:
+        return self._slots.is_resident(digest)
+
+
+class Engine:
+    """Continuous batching over one model. Every added request ends in exactly one last output."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        blocks: KVBlocks,
+        slots: AdapterSlots,
+        load: Callable[[str], Callable[[], CompiledAdapter]],
+        decoder: Decoder,
+        eos_token_ids: SequenceOf[int],
+        max_model_len: int,
+        config: EngineConfig,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self._runner = runner
+        self._decoder = decoder
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._max_model_len = max_model_len
+        self._observer = observer or NullObserver()
+        self._slots = slots
+        self.scheduler = Scheduler(
+            blocks,
+            _Slots(slots, load, self._observer),
+            config.max_batch_tokens,
+            config.max_sequences,
+        )
+        self._live: dict[str, _Live] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._live)
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """Ids of the requests that have not ended."""
+        return tuple(self._live)
+
+    def add(self, request: Request) -> None:
+        """Queue ``request``, which must already be valid and fit the KV cache."""
+        assert request.request_id not in self._live, "request ids must be unique"
+        params = request.sampling
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self._eos_token_ids
+        sequence = Sequence(request)
+        self._live[request.request_id] = _Live(
+            sequence=sequence,
+            sampler=SamplerState.create(params, request.prompt_token_ids, sorted(ends)),
+            detokenizer=Detokenizer(
+                self._decoder, params.stop, request.prompt_token_ids[-_CONTEXT_TOKENS:]
+            ),
+            end_token_ids=frozenset(ends),
+        )
+        self.scheduler.add(sequence)
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.ABORT
+    ) -> RequestOutput | None:
+        """End a request now and free what it holds; ``None`` if it has already ended."""
+        live = self._live.get(request_id)
+        return None if live is None else self._end(live, reason)
+
+    def fail_all(self, message: str) -> list[RequestOutput]:
+        """End every request with an error; for failures that no single step can be blamed for."""
+        return [
+            self._end(live, FinishReason.ERROR, error=message) for live in [*self._live.values()]
+        ]
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, update. Returns what every request that moved got."""
+        start = time.perf_counter()
+        outputs = self._expire()
+        plan = self.scheduler.schedule()
+        outputs += self._failed_loads()
+        if not plan:
+            return outputs
+        try:
+            logits = self._runner.logits([_chunk(scheduled) for scheduled in plan])
+        except Exception as error:
+            logger.exception("a step failed; its %d requests end with an error", len(plan))
+            message = f"the step failed: {type(error).__name__}"
+            return outputs + [self._fail(scheduled.sequence, message) for scheduled in plan]
+        outputs += self._update(plan, logits)
+        self._observe(plan, time.perf_counter() - start)
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Assert that nothing is lost or leaked: requests, blocks, slots."""
+        scheduler = self.scheduler
+        scheduler.check_integrity()
+        self._slots.check_integrity()
+        known = {s.request.request_id for s in (*scheduler.waiting, *scheduler.running)}
+        assert known == set(self._live), "the scheduler and the engine disagree on what is live"
+
+    def _expire(self) -> list[RequestOutput]:
+        now = time.monotonic()
+        late = [
+            live
+            for live in self._live.values()
+            if live.sequence.request.deadline is not None and live.sequence.request.deadline <= now
+        ]
+        return [self._end(live, FinishReason.TIMEOUT) for live in late]
+
+    def _failed_loads(self) -> list[RequestOutput]:
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        return [self._fail(sequence, error.message) for sequence, error in failed]
+
+    def _fail(self, sequence: Sequence, message: str) -> RequestOutput:
+        live = self._live[sequence.request.request_id]
+        return self._end(live, FinishReason.ERROR, error=message)
+
+    def _update(self, plan: list[Scheduled], logits: torch.Tensor) -> list[RequestOutput]:
+        complete = [scheduled.sequence for scheduled in plan if scheduled.completes]
+        for scheduled in plan:
+            self.scheduler.advance(scheduled)
+        if not complete:
+            return []
+        lives = [self._live[sequence.request.request_id] for sequence in complete]
+        # An adapter whose activations overflow must fail its own request and no other.
+        finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+        sampled = sample(logits, [live.sampler for live in lives])
+        now = time.monotonic()
+        return [
+            self._accept(live, choice, now)
+            if good
+            else self._fail(live.sequence, "the model's output is not finite (NaN or overflow)")
+            for live, choice, good in zip(lives, sampled, finite, strict=True)
+        ]
+
+    def _accept(self, live: _Live, choice: Sampled, now: float) -> RequestOutput:
+        sequence, params = live.sequence, live.sequence.request.sampling
+        token = choice.token_id
+        sequence.token_ids.append(token)
+        live.sampler.accept(token)
+        self._observe_token(live, now)
+        logprobs = () if choice.logprob is None else (choice.logprob,)
+        if token in live.end_token_ids:
+            stop_reason = token if token in params.stop_token_ids else None
+            return self._end(live, FinishReason.STOP, (token,), logprobs, stop_reason=stop_reason)
+        piece = live.detokenizer.push(token)
+        if piece.stop is not None:
+            return self._end(
+                live, FinishReason.STOP, (token,), logprobs, piece.text, stop_reason=piece.stop
+            )
+        length = len(sequence.token_ids)
+        if sequence.output_length >= params.max_tokens or length >= self._max_model_len:
+            return self._end(live, FinishReason.LENGTH, (token,), logprobs, piece.text)
+        return RequestOutput(
+            request_id=sequence.request.request_id,
+            text=piece.text,
+            token_ids=(token,),
+            logprobs=logprobs,
+            prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached_tokens,
+            completion_tokens=sequence.output_length,
+        )
+
+    def _end(
+        self,
+        live: _Live,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        text: str = "",
+        *,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        sequence = live.sequence
+        request = sequence.request
+        del self._live[request.request_id]
+        self.scheduler.finish(sequence)
+        if not isinstance(stop_reason, str):
+            rest = live.detokenizer.finish()
+            text += rest.text
+            if rest.stop is not None and reason is FinishReason.LENGTH:
+                reason, stop_reason = FinishReason.STOP, rest.stop
+        self._observer.on_finish(
+            FinishedRequest(
+                adapter=None if request.adapter is None else request.adapter.name,
+                finish_reason=reason,
+                seconds=time.monotonic() - request.arrival,
+                prompt_tokens=sequence.prompt_length,
+                cached_tokens=sequence.cached_tokens,
+                generated_tokens=sequence.output_length,
+            )
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            prompt_tokens=sequence.prompt_length,
+            cached_tokens=sequence.cached_tokens,
+            completion_tokens=sequence.output_length,
+            error=error,
+        )
+
+    def _observe_token(self, live: _Live, now: float) -> None:
+        request = live.sequence.request
+        adapter = None if request.adapter is None else request.adapter.name
+        if live.last_token_time is None:
+            self._observer.on_first_token(adapter, now - request.arrival)
+        else:
+            self._observer.on_inter_token(adapter, now - live.last_token_time)
+        live.last_token_time = now
+
+    def _observe(self, plan: list[Scheduled], seconds: float) -> None:
+        blocks = self.scheduler.blocks
+        self._observer.on_step(
+            StepStats(
+                seconds=seconds,
+                batch_tokens=sum(scheduled.count for scheduled in plan),
+                distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
+                running_sequences=len(self.scheduler.running),
+                queue_depth=len(self.scheduler.waiting),
+                kv_blocks_used=blocks.used,
+                kv_blocks_cached=blocks.cached,
+                kv_blocks_free=blocks.available - blocks.cached,
+                adapters_on_device=len(self._slots.resident),
+                adapters_on_host=0,
+                preemptions=self.scheduler.preemptions,
+            )
+        )
+
+
+def _chunk(scheduled: Scheduled) -> Chunk:
+    sequence = scheduled.sequence
+    start, end = sequence.computed, sequence.computed + scheduled.count
+    return Chunk(
+        token_ids=sequence.token_ids[start:end],
+        start=start,
+        block_table=sequence.block_table,
+        slot=sequence.slot,
+        sample=scheduled.completes,
+    )

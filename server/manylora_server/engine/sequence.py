@@ -1,0 +1,66 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from manylora_server.core.types import Request
+
+
+class SequenceStatus(Enum):
+    """WAITING -> RUNNING -> FINISHED; preemption leads from RUNNING back to WAITING."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens, KV blocks and adapter slot of one request.
+
+    ``token_ids`` is prompt and output; the keys and values of the first ``computed`` of them are
+    in ``block_table``. The scheduler owns ``block_table``, ``slot``, ``computed`` and ``status``.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "cached_tokens",
+        "computed",
+        "prompt_length",
+        "request",
+        "slot",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.token_ids = list(request.prompt_token_ids)
+        self.prompt_length = len(self.token_ids)
+        self.computed = 0
+        self.cached_tokens = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.slot: int | None = None
+        self.status = SequenceStatus.WAITING
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values must be computed before the next can be sampled."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def output_length(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def digest(self) -> str | None:
+        """The adapter's digest, ``None`` for the base."""
+        return None if self.request.adapter is None else self.request.adapter.digest
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort key: higher priority first, then earlier arrival."""
+        return (-self.request.priority, self.request.arrival)

@@ -1,0 +1,1 @@
+"""The base model: loading, quantization, attention route, paged KV memory and adapter modules."""

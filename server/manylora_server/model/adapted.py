@@ -1,0 +1,212 @@
+"""Modules that add, to each row of a batch, what that row's adapter does to the base module.
+
+Each wraps the base's module and computes the equation of ``manylora_store.canonical``. A module is
+wrapped when the first adapter touches it; modules that no adapter touches run as transformers
+wrote them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from manylora_kernels import SegmentMap, lora_delta_, scale_shift_
+from manylora_server.model.context import current_context
+from manylora_server.model.rank_pool import AffinePool, RankPool
+from manylora_store.canonical import LowRank, ModulePatch, ModuleSpec
+
+
+class AdaptedModule(nn.Module):
+    """Base of the wrappers: keeps the patches of the resident adapters by slot.
+
+    ``base`` is the wrapped module; ``token_axis`` the axis of its input and output that counts the
+    batch's tokens (some models normalise ``[1, heads, T, dim]``). Subclasses compute the rows of
+    one step in ``_apply_patches``.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: ModuleSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_axis: int = 1,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.token_axis = token_axis
+        self.replacements: dict[int, dict[str, torch.Tensor]] = {}
+        self.slots: set[int] = set()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight, for code of transformers that looks at its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def install(self, slot: int, patch: ModulePatch) -> None:
+        """Make ``patch`` what rows of ``slot`` get."""
+        assert slot not in self.slots, "the slot must be removed first"
+        if patch.replacement is not None:
+            self.replacements[slot] = {
+                name: tensor.to(self.device, self.dtype)
+                for name, tensor in patch.replacement.items()
+            }
+        self._install(slot, patch)
+        self.slots.add(slot)
+
+    def remove(self, slot: int) -> None:
+        """Forget ``slot``'s patch and give its memory back."""
+        self.slots.discard(slot)
+        self.replacements.pop(slot, None)
+        self._remove(slot)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the base's output with every row's patch applied."""
+        y: torch.Tensor = self.base(x)
+        if not self.slots:
+            return y
+        context = current_context()
+        if context is None:
+            return y
+        segments = context.output_segments if self.spec.is_output_head else context.segments
+        if not segments.segments:
+            return y
+        return self._apply_patches(x, y, segments)
+
+    def _install(self, slot: int, patch: ModulePatch) -> None:
+        assert patch.low_rank is None
+        assert patch.output_scale is None
+        assert patch.shift is None
+
+    def _remove(self, slot: int) -> None:
+        """Forget what ``_install`` stored."""
+
+    def _apply_patches(
+        self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
+    ) -> torch.Tensor:
+        """Return ``y`` with the patches applied."""
+        for start, end, slot, _ in segments.segments:
+            parameters = self.replacements.get(slot)
+            if parameters is not None:
+                rows = x.narrow(self.token_axis, start, end - start)
+                replaced = functional_call(self.base, parameters, (rows,))
+                y.narrow(self.token_axis, start, end - start).copy_(replaced)
+        return y
+
+
+class AdaptedLinear(AdaptedModule):
+    """``y = g * (W x + b + s B A x) + shift`` per row, for ``nn.Linear``, ``Conv1D`` and 4-bit."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: ModuleSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_axis: int = 1,
+    ) -> None:
+        super().__init__(base, spec, dtype, device, token_axis)
+        out_features, in_features = spec.shape
+        self.ranks = RankPool(in_features, out_features, dtype, device)
+        self.affine = AffinePool(out_features, dtype, device)
+
+    def _install(self, slot: int, patch: ModulePatch) -> None:
+        if patch.low_rank is not None:
+            self.ranks.install(slot, patch.low_rank)
+        if patch.output_scale is not None or patch.shift is not None:
+            self.affine.install(slot, patch.output_scale, patch.shift)
+
+    def _remove(self, slot: int) -> None:
+        self.ranks.remove(slot)
+        self.affine.remove(slot)
+
+    def _apply_patches(
+        self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
+    ) -> torch.Tensor:
+        out_features, in_features = self.spec.shape
+        rows = x.reshape(-1, in_features)
+        result = y.view(-1, out_features)
+        if self.replacements:
+            self._replace(rows, result, segments)
+        if self.ranks.extents:
+            runs = segments.resolve(self.ranks.extents)
+            if runs is not None:
+                lora_delta_(result, rows, self.ranks.a, self.ranks.b, runs)
+        if self.affine.rows:
+            affine = [
+                (start, end, self.affine.rows[slot])
+                for start, end, slot, _ in segments.segments
+                if slot in self.affine.rows
+            ]
+            if affine:
+                table = torch.tensor(affine, dtype=torch.int32)
+                scale_shift_(result, self.affine.scale, self.affine.shift, table)
+        return y
+
+    def _replace(self, rows: torch.Tensor, result: torch.Tensor, segments: SegmentMap) -> None:
+        bias = getattr(self.base, "bias", None)
+        for start, end, slot, _ in segments.segments:
+            parameters = self.replacements.get(slot)
+            if parameters is None:
+                continue
+            weight = parameters["weight"]
+            if self.spec.transposed:
+                weight = weight.t()
+            own_bias = parameters.get("bias", bias)
+            result[start:end] = F.linear(rows[start:end], weight, own_bias)
+
+
+class AdaptedEmbedding(AdaptedModule):
+    """``y = g * (W[x] + s A[:, x] B) + shift`` per row, for token embeddings."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: ModuleSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_axis: int = 1,
+    ) -> None:
+        super().__init__(base, spec, dtype, device, token_axis)
+        self.low_rank: dict[int, LowRank] = {}
+        self.affine = AffinePool(spec.shape[1], dtype, device)
+
+    def _install(self, slot: int, patch: ModulePatch) -> None:
+        factors = patch.low_rank
+        if factors is not None:
+            # Kept token-major, [vocab, r], so that a token's row is contiguous.
+            self.low_rank[slot] = LowRank(
+                a=factors.a.t().contiguous().to(self.device, self.dtype),
+                b=factors.b.to(self.device, self.dtype),
+                scaling=factors.scaling,
+            )
+        if patch.output_scale is not None or patch.shift is not None:
+            self.affine.install(slot, patch.output_scale, patch.shift)
+
+    def _remove(self, slot: int) -> None:
+        self.low_rank.pop(slot, None)
+        self.affine.remove(slot)
+
+    def _apply_patches(
+        self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
+    ) -> torch.Tensor:
+        y = super()._apply_patches(x, y, segments)
+        ids = x.reshape(-1)
+        result = y.view(-1, self.spec.shape[1])
+        for start, end, slot, weight in segments.segments:
+            factors = self.low_rank.get(slot)
+            if factors is not None:
+                projected = F.embedding(ids[start:end], factors.a)
+                result[start:end].addmm_(projected, factors.b, alpha=factors.scaling * weight)
+            row = self.affine.rows.get(slot)
+            if row is not None:
+                target = result[start:end]
+                torch.addcmul(self.affine.shift[row], target, self.affine.scale[row], out=target)
+        return y

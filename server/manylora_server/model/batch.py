@@ -1,0 +1,23 @@
+"""One step's work as the scheduler hands it to the model: no tensors yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sequence's share of a step.
+
+    ``token_ids`` are the tokens to compute, at positions ``start, start + 1, ...``;
+    ``block_table`` holds the KV blocks of positions ``0`` to the chunk's last; ``slot`` is the
+    adapter's device slot (``None``: the base); ``sample`` says whether the logits after the last
+    token are wanted.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    slot: int | None
+    sample: bool

@@ -1,0 +1,87 @@
+"""The loaded base described as the adapter compiler sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from manylora_server.model.nf4_linear import NF4Linear
+from manylora_store.canonical import BaseLayout, ModuleKind, ModuleSpec
+
+
+def describe(model: Any, model_type: str, fingerprint: str) -> BaseLayout:
+    """Return the layout of ``model`` as loaded, before any module is wrapped."""
+    head = model.get_output_embeddings()
+    owners: dict[int, str] = {}
+    modules: dict[str, ModuleSpec] = {}
+    originals: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if isinstance(module, NF4Linear):
+            shapes: dict[str, tuple[int, ...]] = {"weight": module.weight_nf4.shape}
+            if module.bias is not None:
+                shapes["bias"] = tuple(module.bias.shape)
+        elif parameters:
+            shapes = {key: tuple(value.shape) for key, value in parameters.items()}
+        else:
+            continue
+        originals[name] = module
+        weight = parameters.get("weight")
+        tied_to = None
+        if weight is not None:
+            owner = owners.setdefault(id(weight), name)
+            tied_to = owner if owner != name else None
+        modules[name] = ModuleSpec(
+            name=name,
+            kind=_kind(module),
+            shape=_shape(module),
+            parameters=shapes,
+            transposed=isinstance(module, Conv1D),
+            is_output_head=module is head,
+            tied_to=tied_to,
+            output_multiplier=_embed_scale(module),
+        )
+
+    def weight_of(name: str, parameter: str) -> torch.Tensor:
+        module = originals[name]
+        if isinstance(module, NF4Linear) and parameter == "weight":
+            return module.weight_nf4.dequantize().cpu()
+        tensor: torch.Tensor = getattr(module, parameter).detach()
+        if parameter == "weight" and isinstance(module, Conv1D):
+            tensor = tensor.t()
+        return tensor.float().cpu()
+
+    return BaseLayout(
+        model_type=model_type, modules=modules, weight=weight_of, fingerprint=fingerprint
+    )
+
+
+def _kind(module: nn.Module) -> ModuleKind:
+    if isinstance(module, nn.Linear | Conv1D | NF4Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if "Norm" in type(module).__name__:
+        return "norm"
+    return "other"
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, NF4Linear):
+        return module.weight_nf4.shape
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return tuple(module.weight.shape)
+    if isinstance(module, Conv1D):
+        return (module.nf, module.nx)
+    return ()
+
+
+def _embed_scale(module: nn.Module) -> float:
+    """Return what the embedding's own forward multiplies its rows by (Gemma 3)."""
+    scale = getattr(module, "embed_scale", None)
+    if not isinstance(module, nn.Embedding) or scale is None:
+        return 1.0
+    return float(scale)

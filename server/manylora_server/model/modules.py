@@ -1,0 +1,72 @@
+"""The base's modules that adapters change, wrapped on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
+from manylora_store.canonical import BaseLayout, CompiledAdapter
+
+_WRAPPERS = {"linear": AdaptedLinear, "embedding": AdaptedEmbedding, "norm": AdaptedModule}
+
+
+class AdaptedModules:
+    """Installs compiled adapters into slots of the model's modules, between steps.
+
+    ``token_axes`` says for each norm which axis counts tokens, as the self-test saw it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: BaseLayout,
+        token_axes: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._token_axes = token_axes
+        self._dtype = dtype
+        self._device = device
+        self._wrapped: dict[str, AdaptedModule] = {}
+
+    def install(self, slot: int, adapter: CompiledAdapter) -> None:
+        """Install every patch of ``adapter`` under ``slot``, or none if one of them fails."""
+        try:
+            for name, patch in adapter.patches.items():
+                self._module(name).install(slot, patch)
+        except BaseException:
+            self.remove(slot)
+            raise
+
+    def remove(self, slot: int) -> None:
+        """Remove whatever is installed under ``slot``."""
+        for module in self._wrapped.values():
+            module.remove(slot)
+
+    def resident_bytes(self) -> int:
+        """Return the device memory that low-rank factors take now, unused pool rows included."""
+        return sum(
+            pool.numel() * pool.element_size()
+            for module in self._wrapped.values()
+            if isinstance(module, AdaptedLinear)
+            for pool in (module.ranks.a, module.ranks.b)
+        )
+
+    def _module(self, name: str) -> AdaptedModule:
+        wrapped = self._wrapped.get(name)
+        if wrapped is None:
+            spec = self._layout.modules[name]
+            parent_name, _, child = name.rpartition(".")
+            parent = self._model.get_submodule(parent_name)
+            base = getattr(parent, child)
+            axis = self._token_axes.get(name, 1)
+            wrapped = _WRAPPERS[spec.kind](base, spec, self._dtype, self._device, axis)
+            wrapped.train(base.training)
+            setattr(parent, child, wrapped)
+            self._wrapped[name] = wrapped
+        return wrapped

@@ -1,0 +1,109 @@
+"""Per-module device memory for adapters: rank rows for low-rank factors, rows for affine maps."""
+
+from __future__ import annotations
+
+import torch
+
+from manylora_kernels import RankExtent
+from manylora_store.canonical import LowRank
+
+
+class RankPool:
+    """All resident adapters' factors of one linear module, rank row by rank row.
+
+    ``a [rows, in]`` and ``b [rows, out]``; a slot owns the rows of its extent and no others, so
+    an adapter of rank 4 takes four rows, whatever its neighbours' ranks. Growing and shrinking
+    move rows; extents are the only references to them, and change only between steps.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.a = torch.empty(0, in_features, dtype=dtype, device=device)
+        self.b = torch.empty(0, out_features, dtype=dtype, device=device)
+        self.extents: dict[int, RankExtent] = {}
+
+    def install(self, slot: int, factors: LowRank) -> None:
+        """Copy ``factors`` in as ``slot``'s."""
+        assert slot not in self.extents, "the slot's previous factors must be removed first"
+        start = self._fit(factors.rank)
+        rows = slice(start, start + factors.rank)
+        self.a[rows].copy_(factors.a)
+        self.b[rows].copy_(factors.b)
+        self.extents[slot] = RankExtent(start, factors.rank, factors.scaling)
+
+    def remove(self, slot: int) -> None:
+        """Give ``slot``'s rows back; memory is returned once three quarters of it is unused."""
+        if self.extents.pop(slot, None) is None:
+            return
+        used = self._used()
+        if 4 * used <= self.a.shape[0]:
+            self._reallocate(used)
+
+    def _used(self) -> int:
+        return sum(extent.rank for extent in self.extents.values())
+
+    def _fit(self, rank: int) -> int:
+        """Return the first row of a gap of ``rank`` rows, made if there is none."""
+        row = 0
+        for extent in sorted(self.extents.values()):
+            if extent.start - row >= rank:
+                return row
+            row = extent.start + extent.rank
+        if self.a.shape[0] - row < rank:
+            used = self._used()
+            self._reallocate(max(used + rank, used + used // 2))
+            row = used
+        return row
+
+    def _reallocate(self, rows: int) -> None:
+        """Move all extents, gaps closed, into new pools of ``rows`` rows."""
+        a = torch.empty(rows, self.a.shape[1], dtype=self.a.dtype, device=self.a.device)
+        b = torch.empty(rows, self.b.shape[1], dtype=self.b.dtype, device=self.b.device)
+        row = 0
+        for slot, extent in sorted(self.extents.items(), key=lambda item: item[1]):
+            source = slice(extent.start, extent.start + extent.rank)
+            target = slice(row, row + extent.rank)
+            a[target].copy_(self.a[source])
+            b[target].copy_(self.b[source])
+            self.extents[slot] = extent._replace(start=row)
+            row += extent.rank
+        self.a, self.b = a, b
+
+
+class AffinePool:
+    """Resident adapters' output scales and shifts of one module: ``scale``, ``shift [rows, out]``.
+
+    A missing scale is 1, a missing shift 0.
+    """
+
+    def __init__(self, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.scale = torch.empty(0, out_features, dtype=dtype, device=device)
+        self.shift = torch.empty(0, out_features, dtype=dtype, device=device)
+        self.rows: dict[int, int] = {}
+
+    def install(self, slot: int, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
+        """Store ``slot``'s map."""
+        assert slot not in self.rows, "the slot's previous map must be removed first"
+        free = set(range(self.scale.shape[0])) - set(self.rows.values())
+        if free:
+            row = min(free)
+        else:
+            row = self.scale.shape[0]
+            self.scale = torch.cat((self.scale, self.scale.new_empty(1, self.scale.shape[1])))
+            self.shift = torch.cat((self.shift, self.shift.new_empty(1, self.shift.shape[1])))
+        if scale is None:
+            self.scale[row] = 1.0
+        else:
+            self.scale[row].copy_(scale)
+        if shift is None:
+            self.shift[row] = 0.0
+        else:
+            self.shift[row].copy_(shift)
+        self.rows[slot] = row
+
+    def remove(self, slot: int) -> None:
+        """Give ``slot``'s row back; the memory when it was the last."""
+        if self.rows.pop(slot, None) is not None and not self.rows:
+            self.scale = self.scale.new_empty(0, self.scale.shape[1])
+            self.shift = self.shift.new_empty(0, self.shift.shape[1])

@@ -1,0 +1,115 @@
+"""Runs one step's chunks through the model as one flattened batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from manylora_kernels import Segment, SegmentMap
+from manylora_server.model.attention import KVCache, PagedAttention
+from manylora_server.model.batch import Chunk
+from manylora_server.model.context import ForwardContext, forward_context
+
+
+class ModelRunner:
+    """Owns the forward pass: chunks in, logits out.
+
+    The batch is ordered so that sequences with one token (decode) come first, and within each
+    half by adapter slot, which makes every adapter's rows contiguous.
+    """
+
+    def __init__(
+        self, model: nn.Module, cache: KVCache, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self._dtype = dtype
+        self._device = device
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.inference_mode()
+    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Return float32 logits ``[n, vocab]``, a row per chunk with ``sample``, in order."""
+        order = sorted(range(len(chunks)), key=lambda i: _place(chunks[i]))
+        ordered = [chunks[i] for i in order]
+        sampled = [i for i in order if chunks[i].sample]
+        ends: list[int] = []
+        total = 0
+        for chunk in ordered:
+            total += len(chunk.token_ids)
+            ends.append(total)
+        keep = [end - 1 for end, chunk in zip(ends, ordered, strict=True) if chunk.sample]
+        starts = [0, *ends]
+        segments = _segments(ordered, starts)
+        outputs = [chunk for chunk in ordered if chunk.sample]
+        output_rows = list(range(len(outputs) + 1))
+        if self._keeps_logits:
+            output_segments = self._map(_segments(outputs, output_rows), len(outputs))
+        else:
+            output_segments = self._map(segments, total)
+        attention = self._attention(ordered, starts)
+        token_ids = [token for chunk in ordered for token in chunk.token_ids]
+        positions = [
+            position
+            for chunk in ordered
+            for position in range(chunk.start, chunk.start + len(chunk.token_ids))
+        ]
+        input_ids = torch.tensor([token_ids], device=self._device)
+        position_ids = torch.tensor([positions], device=self._device)
+        rows = torch.tensor(keep, dtype=torch.int64, device=self._device)
+        context = ForwardContext(attention, self._map(segments, total), output_segments)
+        extra = {"logits_to_keep": rows} if self._keeps_logits else {}
+        with forward_context(context):
+            out = self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra
+            ).logits[0]
+        if not self._keeps_logits:
+            out = out[rows]
+        if sampled != sorted(sampled):
+            back = sorted(range(len(sampled)), key=lambda row: sampled[row])
+            out = out[torch.tensor(back, device=self._device)]
+        result: torch.Tensor = out.float()
+        return result
+
+    def _map(self, segments: list[Segment], rows: int) -> SegmentMap:
+        return SegmentMap(segments, rows, device=self._device, dtype=self._dtype)
+
+    def _attention(self, ordered: Sequence[Chunk], starts: list[int]) -> PagedAttention:
+        block_tokens = self.cache.block_tokens
+        width = max(len(chunk.block_table) for chunk in ordered)
+        places = [
+            chunk.block_table[position // block_tokens] * block_tokens + position % block_tokens
+            for chunk in ordered
+            for position in range(chunk.start, chunk.start + len(chunk.token_ids))
+        ]
+        tables = [
+            [*chunk.block_table, *([0] * (width - len(chunk.block_table)))] for chunk in ordered
+        ]
+        lengths = [chunk.start + len(chunk.token_ids) for chunk in ordered]
+        device = self._device
+        return PagedAttention(
+            cache=self.cache,
+            positions=torch.tensor(places, dtype=torch.int64, device=device),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+            context_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            num_decodes=sum(len(chunk.token_ids) == 1 for chunk in ordered),
+        )
+
+
+def _place(chunk: Chunk) -> tuple[bool, int]:
+    return (len(chunk.token_ids) > 1, -1 if chunk.slot is None else chunk.slot)
+
+
+def _segments(ordered: Sequence[Chunk], starts: Sequence[int]) -> list[Segment]:
+    """Return one segment per run of neighbouring chunks with the same slot; none for the base."""
+    segments = []
+    for slot, run in groupby(range(len(ordered)), key=lambda i: ordered[i].slot):
+        indices = list(run)
+        if slot is not None:
+            segments.append(Segment(starts[indices[0]], starts[indices[-1] + 1], slot))
+    return segments

@@ -1,0 +1,98 @@
+"""The server's own engine over a model folder, without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manylora_server.core.config import EngineConfig, ModelConfig, ServerConfig
+from manylora_server.core.observer import NullObserver
+from manylora_server.core.types import AdapterChoice, Request, RequestOutput, SamplingParams
+from manylora_server.engine.async_engine import AsyncEngine
+from manylora_server.engine.build import build_engine
+from manylora_server.engine.engine import Engine
+from manylora_server.model.batch import Chunk
+
+
+class Recorder:
+    """Takes the place of an engine's runner and keeps what each request's tokens came from."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._runner = engine._runner
+        engine._runner = self
+        self.steps: list[list[Chunk]] = []
+        self.rows: dict[str, list[torch.Tensor]] = {}
+
+    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        result = self._runner.logits(chunks)
+        self.steps.append(list(chunks))
+        running = self._engine.scheduler.running
+        owner = {id(s.block_table): s.request.request_id for s in running}
+        sampled = [owner[id(chunk.block_table)] for chunk in chunks if chunk.sample]
+        for request_id, row in zip(sampled, result.clone(), strict=True):
+            self.rows.setdefault(request_id, []).append(row)
+        return result
+
+
+def build(
+    folder: Path,
+    home: Path,
+    *,
+    quantization: str = "none",
+    adapters: Mapping[str, Path] | None = None,
+    **limits: Any,
+) -> AsyncEngine:
+    """Return an engine that is not started, so that tests may step it themselves."""
+    config = ServerConfig(
+        model=ModelConfig(str(folder), "base", quantization=quantization),  # type: ignore[arg-type]
+        engine=EngineConfig(**limits),
+        home=home,
+        adapters=tuple((name, str(path)) for name, path in (adapters or {}).items()),
+    )
+    return build_engine(config, NullObserver())
+
+
+def inner(engine: AsyncEngine) -> Engine:
+    """Return the synchronous engine inside."""
+    return engine._engine
+
+
+def request(
+    request_id: str,
+    prompt: Sequence[int],
+    adapter: AdapterChoice | None = None,
+    **sampling: Any,
+) -> Request:
+    """Return a greedy request, unless ``sampling`` says otherwise."""
+    settings = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}
+    return Request(request_id, tuple(prompt), SamplingParams(**settings), adapter)
+
+
+def run(
+    engine: Engine,
+    arrivals: Mapping[int, Sequence[Request]],
+    each_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, list[RequestOutput]]:
+    """Step until all requests have ended; ``arrivals`` says before which step each comes."""
+    outputs: dict[str, list[RequestOutput]] = {}
+    step = 0
+    last = max(arrivals)
+    while engine.has_work or step <= last:
+        for arriving in arrivals.get(step, ()):
+            engine.add(arriving)
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        engine.check_integrity()
+        each_step(step)
+        step += 1
+        assert step < 5000, "the engine does not finish"
+    return outputs
+
+
+def tokens_of(outputs: Sequence[RequestOutput]) -> list[int]:
+    """Return all token ids of one request."""
+    return [token for output in outputs for token in output.token_ids]
