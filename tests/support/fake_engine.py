@@ -11,6 +11,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from manylora_server.core.errors import (
     AdapterNotFoundError,
     ContextLengthError,
@@ -28,9 +32,6 @@ from manylora_server.core.types import (
 )
 from manylora_server.model.tokenizer import Tokenizer
 from manylora_store.records import AdapterRecord
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 REPLY = "Grüße, world."
 BASE = "org/base"

@@ -43,12 +43,20 @@ def build(
     home: Path,
     *,
     quantization: str = "none",
+    device: str = "cpu",
+    dtype: str = "float32",
     adapters: Mapping[str, Path] | None = None,
     **limits: Any,
 ) -> AsyncEngine:
     """Return an engine that is not started, so that tests may step it themselves."""
     config = ServerConfig(
-        model=ModelConfig(str(folder), "base", quantization=quantization),  # type: ignore[arg-type]
+        model=ModelConfig(
+            str(folder),
+            "base",
+            quantization=quantization,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+        ),
         engine=EngineConfig(**limits),
         home=home,
         adapters=tuple((name, str(path)) for name, path in (adapters or {}).items()),

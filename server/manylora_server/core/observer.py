@@ -10,11 +10,18 @@ from manylora_server.core.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One engine step. Tokens are rows of the flattened batch; times are seconds."""
+    """One engine step. Tokens are rows of the flattened batch; the base is no adapter."""
 
     seconds: float
     batch_tokens: int
     distinct_adapters: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What the engine holds now: sequences, requests that wait, KV blocks, adapters."""
+
     running_sequences: int
     queue_depth: int
     kv_blocks_used: int
@@ -22,7 +29,6 @@ class StepStats:
     kv_blocks_free: int
     adapters_on_device: int
     adapters_on_host: int
-    preemptions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,9 @@ class EngineObserver(Protocol):
 
     def on_step(self, stats: StepStats) -> None:
         """Take note of a finished step."""
+
+    def on_state(self, state: EngineState) -> None:
+        """Take note of what the engine holds: after each step, and when it becomes idle."""
 
     def on_first_token(self, adapter: str | None, seconds: float) -> None:
         """Take note of the time from a request's arrival to its first token."""
@@ -63,6 +72,9 @@ class NullObserver:
     """Watches nothing; for engines without metrics."""
 
     def on_step(self, stats: StepStats) -> None:
+        """Ignore."""
+
+    def on_state(self, state: EngineState) -> None:
         """Ignore."""
 
     def on_first_token(self, adapter: str | None, seconds: float) -> None:

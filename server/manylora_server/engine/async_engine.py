@@ -65,6 +65,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._lock = threading.Lock()
         self._accepting = False
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="manylora-engine", daemon=True)
 
     @property
@@ -137,9 +138,12 @@ class AsyncEngine:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         request_id = request.request_id
         with self._lock:
+            # Under the lock, so that the thread's last look at its inbox sees every request.
+            if self._stopped:
+                raise NotReadyError("the server is shutting down.")
             assert request_id not in self._streams, "request ids must be unique"
             self._streams[request_id] = stream
-        self._inbox.put(request)
+            self._inbox.put(request)
         finished = False
         try:
             while not finished:
@@ -184,7 +188,14 @@ class AsyncEngine:
                 self._deliver(outputs)
         finally:
             self._accepting = False
+            with self._lock:
+                self._stopped = True
+            while not self._inbox.empty():
+                message = self._inbox.get()
+                if isinstance(message, Request):
+                    self._engine.add(message)
             self._deliver(self._engine.fail_all("the server is shutting down"))
+            self._engine.report_state()
 
     def _receive(self) -> bool:
         """Take in what was sent, waiting for it where there is no work; false to stop."""
@@ -202,6 +213,7 @@ class AsyncEngine:
                 output = self._engine.abort(message)
                 if output is not None:
                     self._deliver([output])
+                self._engine.report_state()
             block = not self._engine.has_work
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
@@ -216,8 +228,12 @@ class AsyncEngine:
                     del self._streams[output.request_id]
                 by_loop.setdefault(stream.loop, []).append((stream, output))
         for loop, items in by_loop.items():
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:
+                # A loop that has been closed takes no calls, and nobody waits in it any more.
+                if not loop.is_closed():
+                    raise
 
 
 def _put_all(items: list[tuple[_Stream, RequestOutput]]) -> None:

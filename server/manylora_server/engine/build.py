@@ -99,6 +99,7 @@ def assemble(
         max_model_len=max_model_len,
         config=config,
         observer=observer,
+        host_adapters=lambda: len(adapters),
     )
     limits = EngineLimits(
         max_model_len=max_model_len,

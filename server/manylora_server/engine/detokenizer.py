@@ -25,8 +25,8 @@ class Piece:
 class Detokenizer:
     """Incremental decoding of one sequence's output.
 
-    The pieces joined are what the tokens add to the prompt's text, cut before the first stop
-    string. A token's text depends on its neighbours (spaces, bytes of one character), so each
+    The pieces joined are what the tokens add to the prompt's text, cut before the stop string that
+    is complete first. A token's text depends on its neighbours (spaces, bytes of one character), so each
     piece is the difference between decoding a short window of tokens with and without the new
     ones; ``context`` is the prompt's end, the first such window.
     """
@@ -61,11 +61,15 @@ class Detokenizer:
         return text[len(known) :]
 
     def _cut(self, text: str, *, final: bool) -> Piece:
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        # The first to be complete counts, so that it does not matter how tokens cut the text; of
+        # several that end together the longest, so that nothing of it is shown.
+        found = [
+            (text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text
+        ]
         if found:
-            place, stop = min(found)
+            end, size, stop = min(found)
             self._held = ""
-            return Piece(text[:place], stop)
+            return Piece(text[: end + size], stop)
         keep = 0 if final else self._possible_stop(text)
         self._held = text[len(text) - keep :]
         return Piece(text[: len(text) - keep])

@@ -15,6 +15,7 @@ from manylora_server.core.config import EngineConfig
 from manylora_server.core.errors import AdapterLoadError
 from manylora_server.core.observer import (
     EngineObserver,
+    EngineState,
     FinishedRequest,
     NullObserver,
     StepStats,
@@ -109,7 +110,9 @@ class Engine:
         max_model_len: int,
         config: EngineConfig,
         observer: EngineObserver | None = None,
+        host_adapters: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._host_adapters = host_adapters
         self._runner = runner
         self._decoder = decoder
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -168,6 +171,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update. Returns what every request that moved got."""
         start = time.perf_counter()
+        preemptions = self.scheduler.preemptions
         outputs = self._expire()
         plan = self.scheduler.schedule()
         outputs += self._failed_loads()
@@ -180,7 +184,16 @@ class Engine:
             message = f"the step failed: {type(error).__name__}"
             return outputs + [self._fail(scheduled.sequence, message) for scheduled in plan]
         outputs += self._update(plan, logits)
-        self._observe(plan, time.perf_counter() - start)
+        preempted = self.scheduler.preemptions - preemptions
+        self._observer.on_step(
+            StepStats(
+                seconds=time.perf_counter() - start,
+                batch_tokens=sum(scheduled.count for scheduled in plan),
+                distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
+                preemptions=preempted,
+            )
+        )
+        self.report_state()
         return outputs
 
     def check_integrity(self) -> None:
@@ -306,21 +319,18 @@ class Engine:
             self._observer.on_inter_token(adapter, now - live.last_token_time)
         live.last_token_time = now
 
-    def _observe(self, plan: list[Scheduled], seconds: float) -> None:
+    def report_state(self) -> None:
+        """Tell the observer what is held now. ``step`` does; call it when steps stop."""
         blocks = self.scheduler.blocks
-        self._observer.on_step(
-            StepStats(
-                seconds=seconds,
-                batch_tokens=sum(scheduled.count for scheduled in plan),
-                distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
+        self._observer.on_state(
+            EngineState(
                 running_sequences=len(self.scheduler.running),
                 queue_depth=len(self.scheduler.waiting),
                 kv_blocks_used=blocks.used,
                 kv_blocks_cached=blocks.cached,
                 kv_blocks_free=blocks.available - blocks.cached,
                 adapters_on_device=len(self._slots.resident),
-                adapters_on_host=0,
-                preemptions=self.scheduler.preemptions,
+                adapters_on_host=self._host_adapters(),
             )
         )
 

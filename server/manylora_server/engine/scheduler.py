@@ -149,13 +149,14 @@ class Scheduler:
             digest = sequence.digest
             if digest in held_back:
                 continue
-            # Blocks first: they are given in order, so that a long prompt is not passed for ever.
-            if not self.blocks.admit(sequence):
-                return
             if digest is not None and not self._take_slot(sequence, digest):
                 if sequence.status is SequenceStatus.WAITING:
                     held_back |= {digest, self._yielding[digest]}
                 continue
+            # Blocks are given in order, so that a long prompt is not passed for ever.
+            if not self.blocks.admit(sequence):
+                self._release(sequence)
+                return
             if sequence.output_length == 0:
                 sequence.cached_tokens = sequence.computed
             self.waiting.remove(sequence)
@@ -166,20 +167,17 @@ class Scheduler:
             yield Scheduled(sequence, count)
 
     def _take_slot(self, sequence: Sequence, digest: str) -> bool:
-        """Get ``sequence`` its adapter's slot. If there is none, its blocks are given back.
+        """Get ``sequence`` its adapter's slot; false if there is none.
 
         An adapter that cannot be loaded ends the sequence, which ``failed`` then holds.
         """
         try:
             sequence.slot = self._slots.acquire(sequence)
         except AdapterLoadError as error:
-            self.blocks.release(sequence)
             self.finish(sequence)
             self.failed.append((sequence, error))
             return False
         if sequence.slot is None:
-            self.blocks.release(sequence)
-            sequence.computed = 0
             self._yielding.setdefault(digest, self._choose_yielding(digest))
             return False
         self._yielding.pop(digest, None)

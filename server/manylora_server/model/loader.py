@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 from manylora_server.core.config import ModelConfig
 from manylora_server.core.errors import StartupError
@@ -42,6 +44,10 @@ class LoadedModel:
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load ``config.model``. ``StartupError`` says what is wrong with it, where it cannot be."""
+    # At its import bitsandbytes warns of a kernel from the hub that is missing; none is used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     folder = resolve_folder(config.model)

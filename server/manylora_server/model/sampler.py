@@ -15,6 +15,7 @@ from manylora_server.core.types import SamplingParams, TokenLogprob
 # Top-p needs tokens in order of probability. Almost always few of them hold the mass, so this many
 # are sorted first and all of them only where that was not enough.
 _FIRST_CANDIDATES = 1024
+_COLDEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(slots=True)
@@ -66,7 +67,10 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled
         if rows:
             chosen = [states[row] for row in rows]
             index = torch.tensor(rows, device=logits.device)
-            scaled = logits[index] / _column([s.params.temperature for s in chosen], logits)
+            scaled = logits[index]
+            # Less its largest value, so that no temperature however small makes a row infinite.
+            scaled -= scaled.amax(dim=-1, keepdim=True)
+            scaled /= _column([s.params.temperature for s in chosen], logits).clamp_min(_COLDEST)
             draws = _column([s.rng.random() for s in chosen], logits, torch.float64)
             pick = _draw_truncated if truncated else _draw_full
             for row, token in zip(rows, pick(scaled, chosen, draws), strict=True):
@@ -149,31 +153,58 @@ def _draw_truncated(
     logits: torch.Tensor, states: Sequence[SamplerState], draws: torch.Tensor
 ) -> list[int]:
     """Draw from the tokens that top-k, then top-p, then min-p leave."""
+    chosen, certain = _draw_largest(logits, states, draws, _FIRST_CANDIDATES)
+    rows = [row for row, sure in enumerate(certain) if not sure]
+    if rows:
+        index = _ids(rows, logits)
+        rest = [states[row] for row in rows]
+        again, _ = _draw_largest(logits[index], rest, draws[index], logits.shape[1])
+        for row, token in zip(rows, again, strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def _draw_largest(
+    logits: torch.Tensor, states: Sequence[SamplerState], draws: torch.Tensor, count: int
+) -> tuple[list[int], list[bool]]:
+    """Draw as ``_draw_truncated`` where no more than ``count`` tokens remain.
+
+    The second list says for which rows that is certain.
+    """
     vocabulary = logits.shape[1]
     top_k = [state.params.top_k or vocabulary for state in states]
     top_p = _column([state.params.top_p for state in states], logits)
     min_p = _column([state.params.min_p for state in states], logits)
-    wanted = max((k for k in top_k if k < vocabulary), default=0)
-    count = min(vocabulary, max(_FIRST_CANDIDATES, wanted))
+    values, tokens = _largest(logits, count)
+    limits = _ids([min(k, values.shape[1]) - 1 for k in top_k], logits)
+    limited = torch.tensor([[k < vocabulary] for k in top_k], device=logits.device)
+    kept = ~limited | (values >= values.gather(1, limits[:, None]))
+    inside = torch.logsumexp(values.masked_fill(~kept, -math.inf), dim=-1, keepdim=True)
     total = torch.logsumexp(logits, dim=-1, keepdim=True)
-    while True:
-        values, tokens = torch.topk(logits, count, dim=-1)
-        limits = torch.tensor([min(k, count) - 1 for k in top_k], device=logits.device)
-        kept = values >= values.gather(1, limits[:, None])
-        limited = torch.tensor([[k < vocabulary] for k in top_k], device=logits.device)
-        kept |= ~limited
-        inside = torch.logsumexp(values.masked_fill(~kept, -math.inf), dim=-1, keepdim=True)
-        probabilities = torch.exp(values - torch.where(limited, inside, total)) * kept
-        before = probabilities.cumsum(dim=-1) - probabilities
-        enough = limited | (before[:, -1:] + probabilities[:, -1:] >= top_p)
-        if count == vocabulary or bool(enough.all()):
-            break
-        count = vocabulary
+    probabilities = torch.exp(values - torch.where(limited, inside, total)) * kept
+    before = probabilities.cumsum(dim=-1) - probabilities
     kept &= before < top_p
     kept[:, 0] = True
     kept &= probabilities >= min_p * probabilities[:, :1]
-    places = _inverse_cdf(probabilities * kept, draws)
-    return tokens.gather(1, _ids(places, logits)[:, None])[:, 0].tolist()
+    weights = probabilities * kept
+    # Where the last candidate remains, further ones, or ones equal to it, might as well.
+    open_ended = ((weights > 0) & (values == values[:, -1:])).any(dim=-1)
+    places = _inverse_cdf(weights, draws)
+    chosen = tokens.gather(1, _ids(places, logits)[:, None])[:, 0].tolist()
+    return chosen, [count >= vocabulary or not more for more in open_ended.tolist()]
+
+
+def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's ``count`` largest values and their ids, equal ones in the order of ids.
+
+    ``topk`` orders equal values differently for different counts, which seeded draws would show.
+    """
+    if count < logits.shape[1]:
+        tokens = torch.topk(logits, count, dim=-1, sorted=False).indices.sort(dim=-1).values
+        values, order = logits.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
+        return values, tokens.gather(1, order)
+    values, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    return values, tokens
 
 
 def _inverse_cdf(weights: torch.Tensor, draws: torch.Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,22 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+
+# SentencePiece's names of single bytes.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_symbols() -> dict[str, int]:
+    """Return the characters by which byte-level BPE (GPT-2) writes each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + index): byte for index, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF = _byte_symbols()
 
 
 class Tokenizer:
@@ -80,6 +97,21 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether ``token_id`` is a special token, which generated text leaves out."""
         return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for, also where they are part of a character.
+
+        A token of which neither the text nor the bytes are known gives those of its name.
+        """
+        text = self.decode([token_id], skip_special_tokens=False)
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return text.encode()
+        name: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if match := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(match[1])
+        if all(symbol in _BYTE_OF for symbol in name):
+            return bytes(_BYTE_OF[symbol] for symbol in name)
+        return name.encode()
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
