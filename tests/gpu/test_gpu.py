@@ -1,0 +1,73 @@
+"""The engine on a CUDA device against transformers + PEFT on the CPU in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.adapters import lora, save_adapter
+from support.models import save_model
+from support.oracle import Oracle, greedy
+from support.serving import Recorder, build, inner, request, run, tokens_of
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = ([5, 60, 7, 200, 31], [9, 9, 100, 101, 102, 103, 104, 105, 40, 41, 42])
+# Largest logit error over the largest logit. In half precision the reference itself is rounded
+# at every layer, so only the size of the error is meaningful, not the tokens.
+LIMITS = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1.5e-1}
+
+
+@pytest.mark.parametrize("dtype", sorted(LIMITS))
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2", "qwen3_moe"])
+def test_mixed_batch_on_the_gpu(
+    architecture: str, quantization: str, dtype: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    base = save_model(architecture, folder)
+    configs = {
+        "plain": lora(architecture),
+        "rslora": lora(architecture, r=8, use_rslora=True),
+        "dora": lora(architecture, r=3, use_dora=True),
+    }
+    adapters = {
+        name: save_adapter(base, config, tmp_path / name, seed)
+        for seed, (name, config) in enumerate(configs.items())
+    }
+    engine = build(
+        folder,
+        tmp_path / "home",
+        quantization=quantization,
+        device="cuda",
+        dtype=dtype,
+        adapters=adapters,
+        max_batch_tokens=24,
+    )
+    core = inner(engine)
+    recorder = Recorder(core)
+    requests = [
+        request(
+            f"{name}/{index}",
+            prompt,
+            None if name == "base" else engine.adapters.resolve(name),
+            max_tokens=6,
+        )
+        for index, prompt in enumerate(PROMPTS)
+        for name in ["base", *adapters]
+    ]
+    outputs = run(core, {0: requests[::2], 2: requests[1::2]})
+    oracle = Oracle(folder, quantization, adapters)
+    for name in ["base", *adapters]:
+        model = oracle.model(None if name == "base" else name)
+        for index, prompt in enumerate(PROMPTS):
+            request_id = f"{name}/{index}"
+            expected, logits = greedy(model, prompt, 6)
+            got = torch.stack(recorder.rows[request_id]).cpu()
+            if dtype == "float32":
+                assert tokens_of(outputs[request_id]) == expected, request_id
+            else:
+                got, logits = got[:1], logits[:1]
+            assert float((got - logits).abs().max() / logits.abs().max()) < LIMITS[dtype]
