@@ -98,7 +98,9 @@ def test_head_norms_and_embeddings_stay_dense_and_experts_do_not(tmp_path: Path)
     loaded = loader.load_model(ModelConfig(str(tmp_path / "base"), "base"))
     experts = [m for m in loaded.model.modules() if isinstance(m, NF4Experts)]
     assert len(experts) == 2
-    assert isinstance(loaded.model.lm_head, torch.nn.Linear)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert torch.equal(loaded.layout.weight("lm_head", "weight"), dense.lm_head.weight)
+    assert loaded.layout.modules["lm_head"].kind == "linear"
     assert not any(parameter.dim() == 3 for parameter in loaded.model.parameters())
     assert loaded.model.model.embed_tokens.weight.dtype == torch.float32
 

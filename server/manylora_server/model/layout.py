@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,15 +10,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora_server.model.nf4_linear import NF4Linear
+from manylora_server.model.packed_linear import PackedLinear
 from manylora_store.canonical import BaseLayout, ModuleKind, ModuleSpec
 
 
-def describe(model: Any, model_type: str, fingerprint: str) -> BaseLayout:
-    """Return the layout of ``model`` as loaded, before any module is wrapped."""
+def module_specs(model: Any) -> dict[str, ModuleSpec]:
+    """Describe the modules of ``model`` as loaded, before any is packed or wrapped."""
     head = model.get_output_embeddings()
     owners: dict[int, str] = {}
     modules: dict[str, ModuleSpec] = {}
-    originals: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if isinstance(module, NF4Linear):
@@ -28,7 +29,6 @@ def describe(model: Any, model_type: str, fingerprint: str) -> BaseLayout:
             shapes = {key: tuple(value.shape) for key, value in parameters.items()}
         else:
             continue
-        originals[name] = module
         weight = parameters.get("weight")
         tied_to = None
         if weight is not None:
@@ -44,18 +44,28 @@ def describe(model: Any, model_type: str, fingerprint: str) -> BaseLayout:
             tied_to=tied_to,
             output_multiplier=_embed_scale(module),
         )
+    return modules
+
+
+def describe(
+    model: Any, specs: Mapping[str, ModuleSpec], model_type: str, fingerprint: str
+) -> BaseLayout:
+    """Return the layout of ``model`` with ``specs``, before any module is wrapped."""
+    originals = {name: model.get_submodule(name) for name in specs}
 
     def weight_of(name: str, parameter: str) -> torch.Tensor:
         module = originals[name]
         if isinstance(module, NF4Linear) and parameter == "weight":
             return module.weight_nf4.dequantize().cpu()
+        if isinstance(module, PackedLinear) and parameter == "weight":
+            return module.dense_weight()
         tensor: torch.Tensor = getattr(module, parameter).detach()
         if parameter == "weight" and isinstance(module, Conv1D):
             tensor = tensor.t()
         return tensor.float().cpu()
 
     return BaseLayout(
-        model_type=model_type, modules=modules, weight=weight_of, fingerprint=fingerprint
+        model_type=model_type, modules=specs, weight=weight_of, fingerprint=fingerprint
     )
 
 

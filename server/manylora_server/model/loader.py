@@ -19,8 +19,9 @@ from manylora_server.core.errors import StartupError
 from manylora_server.model import quantized_cache
 from manylora_server.model.architectures import SUPPORTED_MODEL_TYPES
 from manylora_server.model.experts import quantize_experts
-from manylora_server.model.layout import describe
+from manylora_server.model.layout import describe, module_specs
 from manylora_server.model.nf4_linear import replace_4bit_linears
+from manylora_server.model.packed_linear import can_pack, pack_linears
 from manylora_store.canonical import BaseLayout
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,6 @@ class LoadedModel:
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load ``config.model``. ``StartupError`` says what is wrong with it, where it cannot be."""
-    # At its import bitsandbytes warns of a kernel from the hub that is missing; none is used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     device = resolve_device(config.device)
@@ -80,15 +79,20 @@ def load_model(config: ModelConfig) -> LoadedModel:
         replaced,
         experts,
     )
+    specs = module_specs(model)
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    if can_pack(dtype, device):
+        # Who asked for 4 bits asked for little memory: no second copy of a tied head there.
+        pack_linears(model, copy_tied_head=not replaced)
     text = hf_config.get_text_config()
     return LoadedModel(
         model=model,
-        layout=describe(model, model_type, quantized_cache.cache_key(folder, str(dtype))),
+        layout=describe(model, specs, model_type, quantized_cache.cache_key(folder, str(dtype))),
         dtype=dtype,
         device=device,
         folder=folder,
         max_positions=int(getattr(text, "max_position_embeddings", None) or 2048),
-        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        vocab_size=vocab_size,
         eos_token_ids=_eos_token_ids(model),
     )
 

@@ -24,13 +24,17 @@ class RankPool:
         self.extents: dict[int, RankExtent] = {}
 
     def install(self, slot: int, factors: LowRank) -> None:
-        """Copy ``factors`` in as ``slot``'s."""
+        """Copy ``factors`` in as ``slot``'s; what the copy raises leaves no rows taken."""
         assert slot not in self.extents, "the slot's previous factors must be removed first"
         start = self._fit(factors.rank)
         rows = slice(start, start + factors.rank)
-        self.a[rows].copy_(factors.a)
-        self.b[rows].copy_(factors.b)
         self.extents[slot] = RankExtent(start, factors.rank, factors.scaling)
+        try:
+            self.a[rows].copy_(factors.a)
+            self.b[rows].copy_(factors.b)
+        except BaseException:
+            self.remove(slot)
+            raise
 
     def remove(self, slot: int) -> None:
         """Give ``slot``'s rows back; memory is returned once three quarters of it is unused."""

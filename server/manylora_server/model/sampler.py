@@ -53,6 +53,7 @@ class Sampled:
     logprob: TokenLogprob | None
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """Return one token per row of the float32 ``logits [n, vocab]``, which may be changed.
 
@@ -178,7 +179,8 @@ def _draw_largest(
     values, tokens = _largest(logits, count)
     limits = _ids([min(k, values.shape[1]) - 1 for k in top_k], logits)
     limited = torch.tensor([[k < vocabulary] for k in top_k], device=logits.device)
-    kept = ~limited | (values >= values.gather(1, limits[:, None]))
+    smallest = values.gather(1, limits[:, None])
+    kept = ~limited | (values >= smallest)
     inside = torch.logsumexp(values.masked_fill(~kept, -math.inf), dim=-1, keepdim=True)
     total = torch.logsumexp(logits, dim=-1, keepdim=True)
     probabilities = torch.exp(values - torch.where(limited, inside, total)) * kept
@@ -188,7 +190,9 @@ def _draw_largest(
     kept &= probabilities >= min_p * probabilities[:, :1]
     weights = probabilities * kept
     # Where the last candidate remains, further ones, or ones equal to it, might as well.
-    open_ended = ((weights > 0) & (values == values[:, -1:])).any(dim=-1)
+    last = values[:, -1:]
+    remains = ((weights > 0) & (values == last)).any(dim=-1, keepdim=True)
+    open_ended = torch.where(limited, smallest == last, remains)[:, 0]
     places = _inverse_cdf(weights, draws)
     chosen = tokens.gather(1, _ids(places, logits)[:, None])[:, 0].tolist()
     return chosen, [count >= vocabulary or not more for more in open_ended.tolist()]

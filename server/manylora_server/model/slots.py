@@ -111,6 +111,8 @@ class AdapterSlots:
             assert slot.state is SlotState.READY
         for index, slot in enumerate(self._slots):
             assert slot.references >= 0
+            ready = slot.state is SlotState.READY
+            assert ready == (slot.digest is not None and self._by_digest.get(slot.digest) == index)
             if slot.state is not SlotState.READY:
                 assert slot.references == 0, f"slot {index} is referenced but not ready"
 
