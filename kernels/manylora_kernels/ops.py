@@ -48,8 +48,8 @@ def lora_delta_(
         y[t] += w * sum over r in [r0, r1) of (x[t] . a[r]) * b[r]        for t in [t0, t1)
 
     ``y [T, out]``, ``x [T, in]``, ``a [R, in]``, ``b [R, out]``, one floating dtype. Tokens in no
-    segment keep their bits. What rows of ``a`` and ``b`` outside a token's own segments hold, NaN
-    included, does not reach it.
+    segment keep their bits. What rows of ``a`` outside a token's own segments hold, NaN included,
+    does not reach it; rows of ``b`` must be finite where ``runs`` has a dense form.
     """
     if x.shape[0] != y.shape[0] or x.shape[1] != a.shape[1] or y.shape[1] != b.shape[1]:
         raise ValueError(
@@ -57,7 +57,7 @@ def lora_delta_(
             f"a {tuple(a.shape)}, b {tuple(b.shape)}"
         )
     torch.ops.manylora.lora_delta_(
-        y, x, a, b, runs.segments, runs.weights, runs.gate, runs.first_row
+        y, x, a, b, runs.segments, runs.weights, runs.gate, runs.first_row, runs.spans
     )
 
 

@@ -42,10 +42,10 @@ class RankSegments:
     ``weights`` float32 ``[S]`` is scaling times mix weight; both stay on the CPU. ``gate`` is the
     same as a dense matrix ``[num_tokens, rows]`` over rank rows ``[first_row, first_row + rows)``:
     the weight where the rank row belongs to the token's adapter, else 0; ``None`` where the loop
-    is cheaper.
+    is cheaper. ``spans`` are the starts and ends, alternating, of the token runs in any segment.
     """
 
-    __slots__ = ("first_row", "gate", "segments", "weights")
+    __slots__ = ("first_row", "gate", "segments", "spans", "weights")
 
     def __init__(
         self,
@@ -60,12 +60,23 @@ class RankSegments:
         rows = max(run[3] for run in runs) - self.first_row
         used = sum({run[2]: run[3] - run[2] for run in runs}.values())
         covers_all = len(runs) == 1 and runs[0][1] - runs[0][0] == num_tokens
+        self.spans = _spans(runs)
         self.gate: torch.Tensor | None = None
         if num_tokens <= DENSE_FORM_MAX_TOKENS and rows <= 2 * used and not covers_all:
             gate = torch.zeros(num_tokens, rows, dtype=dtype)
             for start, end, row_start, row_end, weight in runs:
                 gate[start:end, row_start - self.first_row : row_end - self.first_row] += weight
             self.gate = gate.to(device)
+
+
+def _spans(runs: Sequence[tuple[int, int, int, int, float]]) -> list[int]:
+    spans: list[int] = []
+    for start, end, *_ in sorted(runs):
+        if spans and start <= spans[-1]:
+            spans[-1] = max(end, spans[-1])
+        else:
+            spans += (start, end)
+    return spans
 
 
 class SegmentMap:

@@ -111,11 +111,12 @@ def _decode(
 def _gather(cache: torch.Tensor, tables: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
     """Return each sequence's pages as ``[B, keys, kv_heads, dim]``, finite beyond its context.
 
-    Tables are padded with block 0, which is finite; only the unused end of a sequence's own last
-    block may hold what an earlier owner left there.
+    Block 0, which is finite, stands in for blocks beyond a sequence's last: those in its table
+    that it has not reached may hold what an earlier owner left there, like its last one's end.
     """
-    pages = cache[tables]
     last = torch.div(context_lens - 1, cache.shape[1], rounding_mode="floor").long()
+    ahead = torch.arange(tables.shape[1], device=cache.device) > last[:, None]
+    pages = cache[tables.masked_fill(ahead, 0)]
     rows = torch.arange(tables.shape[0], device=cache.device)
     offsets = torch.arange(cache.shape[1], device=cache.device)
     stale = last[:, None] * cache.shape[1] + offsets >= context_lens[:, None]

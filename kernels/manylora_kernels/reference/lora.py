@@ -17,6 +17,7 @@ def lora_delta_(
     weights: torch.Tensor,
     gate: torch.Tensor | None,
     first_row: int,
+    spans: list[int],
 ) -> None:
     """See ``ops.lora_delta_``. With ``gate``, two products for the whole batch."""
     if gate is not None:
@@ -25,7 +26,8 @@ def lora_delta_(
         projected.mul_(gate)
         # A product with 0 would keep another adapter's NaN or infinity.
         projected.masked_fill_(gate == 0, 0.0)
-        y.addmm_(projected, b[rows])
+        for start, end in zip(spans[::2], spans[1::2], strict=True):
+            y[start:end].addmm_(projected[start:end], b[rows])
         return
     for (start, end, row_start, row_end), weight in zip(
         segments.tolist(), weights.tolist(), strict=True

@@ -16,7 +16,7 @@ from manylora_server.core.errors import (
     NotReadyError,
     OverloadedError,
 )
-from manylora_server.core.types import Request, RequestOutput
+from manylora_server.core.types import FinishReason, Request, RequestOutput
 from manylora_server.engine.catalog import AdapterCatalog
 from manylora_server.engine.engine import Engine
 from manylora_server.model.tokenizer import Tokenizer
@@ -186,16 +186,28 @@ class AsyncEngine:
                     logger.exception("the engine failed between steps")
                     outputs = self._engine.fail_all("the engine failed")
                 self._deliver(outputs)
+        except Exception:
+            logger.exception("the engine's thread ends; only a restart helps")
         finally:
             self._accepting = False
             with self._lock:
                 self._stopped = True
+            self._end_streams("the server is shutting down")
+
+    def _end_streams(self, message: str) -> None:
+        """End every request with an error, in whatever state the engine is."""
+        try:
             while not self._inbox.empty():
-                message = self._inbox.get()
-                if isinstance(message, Request):
-                    self._engine.add(message)
-            self._deliver(self._engine.fail_all("the server is shutting down"))
+                request = self._inbox.get()
+                if isinstance(request, Request):
+                    self._add(request)
+            self._deliver(self._engine.fail_all(message))
             self._engine.report_state()
+        except Exception:
+            logger.exception("the engine could not end its requests")
+        with self._lock:
+            rest = list(self._streams)
+        self._deliver([_failure(request_id, message) for request_id in rest])
 
     def _receive(self) -> bool:
         """Take in what was sent, waiting for it where there is no work; false to stop."""
@@ -208,13 +220,20 @@ class AsyncEngine:
             if message is None:
                 return False
             if isinstance(message, Request):
-                self._engine.add(message)
+                self._add(message)
             else:
                 output = self._engine.abort(message)
                 if output is not None:
                     self._deliver([output])
                 self._engine.report_state()
             block = not self._engine.has_work
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._engine.add(request)
+        except Exception:
+            logger.exception("request %s could not be added", request.request_id)
+            self._deliver([_failure(request.request_id, "the request could not be added")])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Send each output to its stream, with one wake-up per event loop."""
@@ -234,6 +253,16 @@ class AsyncEngine:
                 # A loop that has been closed takes no calls, and nobody waits in it any more.
                 if not loop.is_closed():
                     raise
+
+
+def _failure(request_id: str, message: str) -> RequestOutput:
+    return RequestOutput(
+        request_id=request_id,
+        text="",
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=message,
+    )
 
 
 def _put_all(items: list[tuple[_Stream, RequestOutput]]) -> None:

@@ -26,8 +26,8 @@ class Detokenizer:
     """Incremental decoding of one sequence's output.
 
     The pieces joined are what the tokens add to the prompt's text, cut before the stop string that
-    is complete first. A token's text depends on its neighbours (spaces, bytes of one character), so each
-    piece is the difference between decoding a short window of tokens with and without the new
+    is complete first. A token's text depends on its neighbours (spaces, bytes of one character), so
+    each piece is the difference between decoding a short window of tokens with and without the new
     ones; ``context`` is the prompt's end, the first such window.
     """
 

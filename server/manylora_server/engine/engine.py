@@ -75,7 +75,7 @@ class _Slots:
         start = time.perf_counter()
         try:
             slot = self._slots.acquire(digest, self._loader(digest))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             self._observer.on_adapter_load(
                 time.perf_counter() - start, tier="device", succeeded=False
             )
@@ -179,11 +179,12 @@ class Engine:
             return outputs
         try:
             logits = self._runner.logits([_chunk(scheduled) for scheduled in plan])
+            choices = self._choose(plan, logits)
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(plan))
             message = f"the step failed: {type(error).__name__}"
             return outputs + [self._fail(scheduled.sequence, message) for scheduled in plan]
-        outputs += self._update(plan, logits)
+        outputs += self._update(plan, choices)
         preempted = self.scheduler.preemptions - preemptions
         self._observer.on_step(
             StepStats(
@@ -221,22 +222,30 @@ class Engine:
         live = self._live[sequence.request.request_id]
         return self._end(live, FinishReason.ERROR, error=message)
 
-    def _update(self, plan: list[Scheduled], logits: torch.Tensor) -> list[RequestOutput]:
+    def _choose(
+        self, plan: list[Scheduled], logits: torch.Tensor
+    ) -> list[tuple[_Live, Sampled, bool]]:
+        """Return each complete sequence's next token, and whether its logits were finite."""
         complete = [scheduled.sequence for scheduled in plan if scheduled.completes]
-        for scheduled in plan:
-            self.scheduler.advance(scheduled)
         if not complete:
             return []
         lives = [self._live[sequence.request.request_id] for sequence in complete]
-        # An adapter whose activations overflow must fail its own request and no other.
         finite = torch.isfinite(logits.amax(dim=-1)).tolist()
         sampled = sample(logits, [live.sampler for live in lives])
+        return list(zip(lives, sampled, finite, strict=True))
+
+    def _update(
+        self, plan: list[Scheduled], choices: list[tuple[_Live, Sampled, bool]]
+    ) -> list[RequestOutput]:
+        for scheduled in plan:
+            self.scheduler.advance(scheduled)
         now = time.monotonic()
+        # An adapter whose activations overflow must fail its own request and no other.
         return [
             self._accept(live, choice, now)
             if good
             else self._fail(live.sequence, "the model's output is not finite (NaN or overflow)")
-            for live, choice, good in zip(lives, sampled, finite, strict=True)
+            for live, choice, good in choices
         ]
 
     def _accept(self, live: _Live, choice: Sampled, now: float) -> RequestOutput:

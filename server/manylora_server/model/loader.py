@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -62,7 +63,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         )
     try:
         model = _load_weights(config, hf_config, folder, dtype, device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StartupError(f"MODEL {config.model!r}: cannot be loaded: {error}") from error
     model.eval()
     model.requires_grad_(False)

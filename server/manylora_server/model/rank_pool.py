@@ -13,7 +13,8 @@ class RankPool:
 
     ``a [rows, in]`` and ``b [rows, out]``; a slot owns the rows of its extent and no others, so
     an adapter of rank 4 takes four rows, whatever its neighbours' ranks. Growing and shrinking
-    move rows; extents are the only references to them, and change only between steps.
+    move rows; extents are the only references to them, and change only between steps. All rows are
+    finite, unused ones too, as the dense form of ``lora_delta_`` needs.
     """
 
     def __init__(
@@ -24,7 +25,10 @@ class RankPool:
         self.extents: dict[int, RankExtent] = {}
 
     def install(self, slot: int, factors: LowRank) -> None:
-        """Copy ``factors`` in as ``slot``'s; what the copy raises leaves no rows taken."""
+        """Copy ``factors`` in as ``slot``'s; what it raises leaves no rows taken.
+
+        ``OverflowError`` if a value is not finite in the pools' dtype.
+        """
         assert slot not in self.extents, "the slot's previous factors must be removed first"
         start = self._fit(factors.rank)
         rows = slice(start, start + factors.rank)
@@ -32,7 +36,11 @@ class RankPool:
         try:
             self.a[rows].copy_(factors.a)
             self.b[rows].copy_(factors.b)
+            if not bool(self.a[rows].isfinite().all() & self.b[rows].isfinite().all()):
+                raise OverflowError(f"the adapter holds values beyond the range of {self.a.dtype}")
         except BaseException:
+            self.a[rows].zero_()
+            self.b[rows].zero_()
             self.remove(slot)
             raise
 
@@ -62,8 +70,8 @@ class RankPool:
 
     def _reallocate(self, rows: int) -> None:
         """Move all extents, gaps closed, into new pools of ``rows`` rows."""
-        a = torch.empty(rows, self.a.shape[1], dtype=self.a.dtype, device=self.a.device)
-        b = torch.empty(rows, self.b.shape[1], dtype=self.b.dtype, device=self.b.device)
+        a = self.a.new_zeros(rows, self.a.shape[1])
+        b = self.b.new_zeros(rows, self.b.shape[1])
         row = 0
         for slot, extent in sorted(self.extents.items(), key=lambda item: item[1]):
             source = slice(extent.start, extent.start + extent.rank)

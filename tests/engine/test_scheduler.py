@@ -1,0 +1,211 @@
+"""What each step computes, with pretended device slots and no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manylora_server.engine.sequence import SequenceStatus
+from support.scheduling import World
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
+    world = World(budget=16)
+    world.add("long", 50, new=2)
+    assert [world.step() for _ in range(5)] == [
+        [("long", 16)],
+        [("long", 16)],
+        [("long", 16)],
+        [("long", 2)],
+        [("long", 1)],
+    ]
+    assert world.finished == ["long"]
+
+
+def test_decode_goes_before_prefill_and_prefill_before_admission() -> None:
+    world = World(budget=10)
+    for name in ("a", "b", "c"):
+        world.add(name, 3, new=20)
+    assert world.step() == [("a", 3), ("b", 3), ("c", 3)]
+    world.add("long", 12, new=5)
+    world.add("new", 2, new=5)
+    assert world.step() == [("a", 1), ("b", 1), ("c", 1), ("long", 7)]
+    assert world.step() == [("a", 1), ("b", 1), ("c", 1), ("long", 5), ("new", 2)]
+
+
+def test_higher_priority_then_earlier_arrival_is_admitted_first() -> None:
+    world = World(most=2, budget=64)
+    world.add("first", 3)
+    world.add("second", 3)
+    world.add("urgent", 3, priority=5)
+    world.add("late urgent", 3, priority=5)
+    world.add("low", 3, priority=-1)
+    world.run()
+    assert world.finished == ["urgent", "late urgent", "first", "second", "low"]
+
+
+def test_the_last_in_order_is_preempted_and_still_finishes() -> None:
+    world = World(blocks=10, budget=64, prefix_cache=False)
+    names = [("old", 0), ("important", 3), ("newest", 0)]
+    sequences = {n: world.add(n, 12, new=10, priority=p) for n, p in names}
+    preempted = []
+    while world.scheduler.running or world.scheduler.waiting:
+        before = {s.request.request_id for s in world.scheduler.running}
+        world.step()
+        waiting = {s.request.request_id for s in world.scheduler.waiting}
+        preempted += sorted(before & waiting)
+    assert preempted[0] == "newest"
+    assert "important" not in preempted
+    assert world.scheduler.preemptions == len(preempted)
+    assert world.finished[0] == "important"
+    assert sorted(world.finished) == sorted(sequences)
+    assert all(s.output_length == 10 for s in sequences.values())
+
+
+def test_a_large_prompt_is_not_passed_for_ever_by_small_ones() -> None:
+    world = World(blocks=11, budget=64, most=8)
+    world.add("running", 20, new=4)
+    world.step()
+    world.add("large", 36, new=2)
+    for number in range(30):
+        world.add(f"small {number}", 4, new=2)
+        world.step()
+        if "large" in world.finished:
+            break
+    assert "large" in world.finished
+    assert not any(name.startswith("small") for name in world.finished)
+
+
+def test_an_adapter_without_a_slot_holds_up_nobody_else() -> None:
+    world = World(slots=1, budget=64)
+    world.add("holder", 3, new=10, adapter="a")
+    world.step()
+    world.add("blocked", 3, adapter="b")
+    world.add("base", 3)
+    assert dict(world.step()) == {"holder": 1, "base": 3}
+    world.run()
+    assert world.finished == ["base", "holder", "blocked"]
+
+
+def steady(world: World, adapters: Iterable[str], step: int, new: int) -> None:
+    for adapter in adapters:
+        world.add(f"{adapter} {step}", 3, new=new, adapter=adapter)
+
+
+@pytest.mark.parametrize("waiting", [1, 2, 5])
+@pytest.mark.parametrize("resident", [1, 2, 3])
+def test_no_adapter_starves_under_steady_traffic_of_resident_ones(
+    resident: int, waiting: int
+) -> None:
+    world = World(slots=resident, budget=256, most=200, blocks=4000)
+    new = 6
+    held = [f"r{i}" for i in range(resident)]
+    for step in range(10):
+        steady(world, held, step, new)
+        world.step()
+    for number in range(waiting):
+        world.add(f"wanted {number}", 3, new=new, adapter=f"w{number}")
+    # Each round frees every slot once within the life of one request, plus a step to notice.
+    rounds = -(-waiting // resident)
+    for step in range(10, 10 + (rounds + 1) * (new + 3)):
+        steady(world, held, step, new)
+        world.step()
+    assert {n for n in world.finished if n.startswith("wanted")} == {
+        f"wanted {number}" for number in range(waiting)
+    }
+
+
+def test_resident_adapters_get_their_turn_back() -> None:
+    world = World(slots=1, budget=256, most=100, blocks=4000)
+    gaps: dict[str, int] = {"a": 0, "b": 0}
+    worst = 0
+    for step in range(200):
+        steady(world, gaps, step, new=3)
+        names = {name.split()[0] for name, _ in world.step()}
+        gaps = {adapter: 0 if adapter in names else gap + 1 for adapter, gap in gaps.items()}
+        worst = max(worst, *gaps.values())
+    assert worst < 12
+    assert world.slots.loads > 20
+
+
+def test_a_broken_adapter_ends_its_requests_and_no_others() -> None:
+    world = World(slots=1, budget=64)
+    world.slots.broken.add("bad")
+    bad = world.add("bad", 3, adapter="bad")
+    world.add("good", 3, adapter="good", new=1)
+    plan = world.scheduler.schedule()
+    assert [s.sequence.request.request_id for s in plan] == ["good"]
+    assert [(s.request.request_id, str(e)) for s, e in world.scheduler.failed] == [
+        ("bad", "it is broken")
+    ]
+    assert (bad.status, bad.block_table) == (SequenceStatus.FINISHED, [])
+    world.scheduler.check_integrity()
+
+
+def test_waiting_for_a_slot_costs_no_cached_prefix() -> None:
+    world = World(slots=1, budget=64, blocks=9)
+    world.add("holder", 3, new=30, adapter="a")
+    world.step()
+    world.add("prefix", list(range(100, 117)), new=1)
+    world.step()
+    assert world.scheduler.blocks.cached == 4
+    world.add("blocked", 20, adapter="b")
+    for _ in range(5):
+        world.step()
+    assert world.scheduler.blocks.cached == 4
+
+
+@pytest.mark.parametrize("end", ["waiting", "running", "half computed"])
+def test_finishing_early_frees_everything(end: str) -> None:
+    world = World(slots=1, budget=16, prefix_cache=False)
+    sequence = world.add("it", 40 if end == "half computed" else 4, new=9, adapter="a")
+    if end != "waiting":
+        world.step()
+    world.scheduler.finish(sequence)
+    world.scheduler.check_integrity()
+    assert world.scheduler.blocks.available == world.scheduler.blocks.capacity
+    assert world.slots.references("a") == 0
+    assert world.step() == []
+
+
+REQUEST = st.tuples(
+    st.integers(1, 24),
+    st.integers(1, 8),
+    st.sampled_from([None, "a", "b", "c", "d", "bad"]),
+    st.integers(-1, 1),
+    st.integers(0, 6),
+)
+
+
+@given(
+    st.lists(REQUEST, min_size=1, max_size=25),
+    st.integers(9, 30),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 6),
+    st.sampled_from([True, False]),
+)
+@settings(max_examples=150, deadline=None)
+def test_everything_ends_whatever_comes(
+    requests: list[tuple[int, int, str | None, int, int]],
+    blocks: int,
+    slots: int,
+    budget: int,
+    most: int,
+    prefix_cache: bool,
+) -> None:
+    world = World(blocks=blocks, slots=slots, budget=budget, most=most, prefix_cache=prefix_cache)
+    world.slots.broken.add("bad")
+    names = []
+    for number, (prompt, new, adapter, priority, pause) in enumerate(requests):
+        names.append(str(number))
+        world.add(str(number), [5] * prompt, new, adapter, priority)
+        for _ in range(pause):
+            world.step()
+    world.run()
+    assert sorted(world.finished) == sorted(names)
+    assert world.scheduler.blocks.available == world.scheduler.blocks.capacity
+    assert not any(world.slots.held.values())

@@ -1,0 +1,137 @@
+"""A scheduler with pretended device slots and steps that always succeed; no tensors."""
+
+from __future__ import annotations
+
+from manylora_server.core.errors import AdapterLoadError
+from manylora_server.core.types import AdapterChoice, Request, SamplingParams
+from manylora_server.engine.kv_blocks import KVBlocks
+from manylora_server.engine.scheduler import Scheduled, Scheduler
+from manylora_server.engine.sequence import Sequence, SequenceStatus
+
+
+class FakeSlots:
+    """Least recently used slots; digests in ``broken`` cannot be loaded."""
+
+    def __init__(self, count: int) -> None:
+        self.holders: list[str | None] = [None] * count
+        self.held: dict[str, int] = {}
+        self.recent: list[str] = []
+        self.broken: set[str] = set()
+        self.loads = 0
+
+    def acquire(self, sequence: Sequence) -> int | None:
+        digest = sequence.digest
+        assert digest is not None
+        if digest not in self.holders:
+            free = [i for i, d in enumerate(self.holders) if d is None or not self.held.get(d)]
+            if not free:
+                return None
+            if digest in self.broken:
+                raise AdapterLoadError("it is broken")
+            order = [self.recent.index(d) if (d := self.holders[i]) else -1 for i in free]
+            self.holders[free[order.index(min(order))]] = digest
+            self.loads += 1
+        self.held[digest] = self.held.get(digest, 0) + 1
+        self.recent = [d for d in self.recent if d != digest] + [digest]
+        return self.holders.index(digest)
+
+    def release(self, slot: int) -> None:
+        digest = self.holders[slot]
+        assert digest is not None
+        self.held[digest] -= 1
+        assert self.held[digest] >= 0
+
+    def references(self, digest: str) -> int:
+        return self.held.get(digest, 0) if digest in self.holders else 0
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self.holders
+
+
+class World:
+    """A scheduler whose steps always succeed; sequences end after their ``max_tokens``."""
+
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        block_tokens: int = 4,
+        slots: int = 2,
+        budget: int = 16,
+        most: int = 8,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.slots = FakeSlots(slots)
+        self.budget, self.most = budget, most
+        self.scheduler = Scheduler(
+            KVBlocks(blocks, block_tokens, prefix_cache=prefix_cache), self.slots, budget, most
+        )
+        self.finished: list[str] = []
+        self.clock = 0.0
+
+    def add(
+        self,
+        name: str,
+        prompt: int | list[int],
+        new: int = 3,
+        adapter: str | None = None,
+        priority: int = 0,
+    ) -> Sequence:
+        # Prompts of a number of tokens share nothing with each other.
+        first = 1000 * int(self.clock + 1)
+        tokens = [first + i for i in range(prompt)] if isinstance(prompt, int) else prompt
+        self.clock += 1
+        sequence = Sequence(
+            Request(
+                name,
+                tuple(tokens),
+                SamplingParams(max_tokens=new),
+                None if adapter is None else AdapterChoice(adapter, adapter),
+                priority,
+                arrival=self.clock,
+            )
+        )
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[tuple[str, int]]:
+        plan = self.scheduler.schedule()
+        self._check(plan)
+        for scheduled in plan:
+            self.scheduler.advance(scheduled)
+        for scheduled in plan:
+            sequence = scheduled.sequence
+            if sequence.remaining:
+                continue
+            sequence.token_ids.append(7)
+            if sequence.output_length >= sequence.request.sampling.max_tokens:
+                self.scheduler.finish(sequence)
+                self.finished.append(sequence.request.request_id)
+        for sequence, _ in self.scheduler.failed:
+            self.finished.append(sequence.request.request_id)
+        self.scheduler.failed = []
+        self.scheduler.check_integrity()
+        return [(s.sequence.request.request_id, s.count) for s in plan]
+
+    def run(self, limit: int = 2000) -> int:
+        steps = 0
+        while self.scheduler.running or self.scheduler.waiting:
+            self.step()
+            steps += 1
+            assert steps < limit, "it does not end"
+        return steps
+
+    def _check(self, plan: list[Scheduled]) -> None:
+        assert sum(s.count for s in plan) <= self.budget
+        assert len({id(s.sequence) for s in plan}) == len(plan)
+        assert len(self.scheduler.running) <= self.most
+        for scheduled in plan:
+            sequence = scheduled.sequence
+            assert sequence.status is SequenceStatus.RUNNING
+            assert 0 < scheduled.count <= sequence.remaining
+            assert scheduled.completes == (scheduled.count == sequence.remaining)
+            room = len(sequence.block_table) * self.scheduler.blocks.block_tokens
+            assert room >= sequence.computed + scheduled.count
+            if sequence.digest is not None:
+                assert sequence.slot is not None
+                assert self.slots.holders[sequence.slot] == sequence.digest
