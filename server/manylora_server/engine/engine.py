@@ -176,6 +176,7 @@ class Engine:
         plan = self.scheduler.schedule()
         outputs += self._failed_loads()
         if not plan:
+            self.report_state()
             return outputs
         try:
             logits = self._runner.logits([_chunk(scheduled) for scheduled in plan])
@@ -183,7 +184,9 @@ class Engine:
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(plan))
             message = f"the step failed: {type(error).__name__}"
-            return outputs + [self._fail(scheduled.sequence, message) for scheduled in plan]
+            outputs += [self._fail(scheduled.sequence, message) for scheduled in plan]
+            self.report_state()
+            return outputs
         outputs += self._update(plan, choices)
         preempted = self.scheduler.preemptions - preemptions
         self._observer.on_step(

@@ -67,6 +67,7 @@ class KVBlocks:
             self._reference(block)
         sequence.block_table = [*shared, *(self._take() for _ in range(needed))]
         sequence.computed = len(shared) * self.block_tokens
+        sequence.committed = len(shared)
         return True
 
     def extend(self, sequence: Sequence) -> bool:
@@ -84,15 +85,14 @@ class KVBlocks:
             return
         full = sequence.computed // self.block_tokens
         self._extend_hashes(sequence, full)
-        for index in range(full):
+        for index in range(sequence.committed, full):
             block = sequence.block_table[index]
-            if block in self._hash_of:
-                continue
             digest = sequence.block_hashes[index]
             # Two sequences may compute the same content side by side; the first block keeps it.
             if digest not in self._block_of:
                 self._block_of[digest] = block
                 self._hash_of[block] = digest
+        sequence.committed = full
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks of ``sequence`` back; those known for sharing stay cached."""

@@ -19,13 +19,15 @@ class Sequence:
     """Tokens, KV blocks and adapter slot of one request.
 
     ``token_ids`` is prompt and output; the keys and values of the first ``computed`` of them are
-    in ``block_table``. The scheduler owns ``block_table``, ``slot``, ``computed`` and ``status``.
+    in ``block_table``, whose first ``committed`` blocks are known for sharing. The scheduler owns
+    ``block_table``, ``slot``, ``computed`` and ``status``.
     """
 
     __slots__ = (
         "block_hashes",
         "block_table",
         "cached_tokens",
+        "committed",
         "computed",
         "prompt_length",
         "request",
@@ -42,6 +44,7 @@ class Sequence:
         self.cached_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.committed = 0
         self.slot: int | None = None
         self.status = SequenceStatus.WAITING
 
