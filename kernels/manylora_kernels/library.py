@@ -19,7 +19,7 @@ _SCHEMAS = {
     ),
     "lora_delta_": (
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor segments, Tensor weights, "
-        "Tensor? gate, int first_row, int[] spans) -> ()"
+        "Tensor? tokens, Tensor? valid, Tensor? rows, Tensor? scales, int step) -> ()"
     ),
     "scale_shift_": "(Tensor(a!) y, Tensor scale, Tensor shift, Tensor segments) -> ()",
     "store_kv_": (

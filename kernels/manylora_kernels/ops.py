@@ -48,17 +48,16 @@ def lora_delta_(
         y[t] += w * sum over r in [r0, r1) of (x[t] . a[r]) * b[r]        for t in [t0, t1)
 
     ``y [T, out]``, ``x [T, in]``, ``a [R, in]``, ``b [R, out]``, one floating dtype. Tokens in no
-    segment keep their bits. What rows of ``a`` outside a token's own segments hold, NaN included,
-    does not reach it; rows of ``b`` must be finite where ``runs`` has a dense form.
+    segment keep their bits. What rows of ``a`` and ``b`` outside a token's own segments hold, NaN
+    included, does not reach it.
     """
     if x.shape[0] != y.shape[0] or x.shape[1] != a.shape[1] or y.shape[1] != b.shape[1]:
         raise ValueError(
             f"shapes do not agree: y {tuple(y.shape)}, x {tuple(x.shape)}, "
             f"a {tuple(a.shape)}, b {tuple(b.shape)}"
         )
-    torch.ops.manylora.lora_delta_(
-        y, x, a, b, runs.segments, runs.weights, runs.gate, runs.first_row, runs.spans
-    )
+    grouped = runs.grouped or (None, None, None, None, 0)
+    torch.ops.manylora.lora_delta_(y, x, a, b, runs.segments, runs.weights, *grouped)
 
 
 def scale_shift_(

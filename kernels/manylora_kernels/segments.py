@@ -9,13 +9,14 @@ and ``SegmentMap.resolve`` joins the two into what the kernels take.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-# Above this many tokens the masked product of the dense form wastes more arithmetic than the loop
-# over segments costs in calls (docs/performance.md, "Segmented LoRA in plain PyTorch").
-DENSE_FORM_MAX_TOKENS = 64
+# Up to this many tokens (decode, mostly) calls cost more than arithmetic and all segments are
+# multiplied in one batch; beyond it each is worth a product of its own (docs/performance.md).
+GROUPED_MAX_TOKENS = 64
 
 
 class Segment(NamedTuple):
@@ -35,17 +36,32 @@ class RankExtent(NamedTuple):
     scaling: float
 
 
+class Grouped(NamedTuple):
+    """The segments of a step as one batch of ``n`` small products, ragged ends padded.
+
+    ``tokens`` int64 ``[n * t]``: each segment's tokens, its last one repeated as padding; ``valid``
+    int64: the places in ``tokens`` that are no padding, ``None`` where all are and the segments
+    are neighbours. ``rows`` int64 ``[n * r]``: its rank rows, padded by its first; ``scales``
+    ``[n, 1, r]``: its weight, 0 for padding. Where ``step`` is not 0, segment ``i`` has exactly
+    the rows from ``rows[0] + i * step`` on, so that the pools can be viewed and not copied.
+    """
+
+    tokens: torch.Tensor
+    valid: torch.Tensor | None
+    rows: torch.Tensor
+    scales: torch.Tensor
+    step: int
+
+
 class RankSegments:
     """A ``SegmentMap`` resolved for one layout of rank rows.
 
     ``segments`` is int32 ``[S, 4]``: token start, token end, rank row start, rank row end;
-    ``weights`` float32 ``[S]`` is scaling times mix weight; both stay on the CPU. ``gate`` is the
-    same as a dense matrix ``[num_tokens, rows]`` over rank rows ``[first_row, first_row + rows)``:
-    the weight where the rank row belongs to the token's adapter, else 0; ``None`` where the loop
-    is cheaper. ``spans`` are the starts and ends, alternating, of the token runs in any segment.
+    ``weights`` float32 ``[S]`` is scaling times mix weight; both stay on the CPU. ``grouped`` is
+    the same in another form, ``None`` where a loop over the segments is cheaper.
     """
 
-    __slots__ = ("first_row", "gate", "segments", "spans", "weights")
+    __slots__ = ("grouped", "segments", "weights")
 
     def __init__(
         self,
@@ -56,27 +72,44 @@ class RankSegments:
     ) -> None:
         self.segments = torch.tensor([run[:4] for run in runs], dtype=torch.int32)
         self.weights = torch.tensor([run[4] for run in runs], dtype=torch.float32)
-        self.first_row = min(run[2] for run in runs)
-        rows = max(run[3] for run in runs) - self.first_row
-        used = sum({run[2]: run[3] - run[2] for run in runs}.values())
-        covers_all = len(runs) == 1 and runs[0][1] - runs[0][0] == num_tokens
-        self.spans = _spans(runs)
-        self.gate: torch.Tensor | None = None
-        if num_tokens <= DENSE_FORM_MAX_TOKENS and rows <= 2 * used and not covers_all:
-            gate = torch.zeros(num_tokens, rows, dtype=dtype)
-            for start, end, row_start, row_end, weight in runs:
-                gate[start:end, row_start - self.first_row : row_end - self.first_row] += weight
-            self.gate = gate.to(device)
+        self.grouped: Grouped | None = None
+        if len(runs) > 1 and num_tokens <= GROUPED_MAX_TOKENS:
+            self.grouped = _group(runs, device, dtype)
 
 
-def _spans(runs: Sequence[tuple[int, int, int, int, float]]) -> list[int]:
-    spans: list[int] = []
-    for start, end, *_ in sorted(runs):
-        if spans and start <= spans[-1]:
-            spans[-1] = max(end, spans[-1])
-        else:
-            spans += (start, end)
-    return spans
+def _group(
+    runs: list[tuple[int, int, int, int, float]], device: torch.device, dtype: torch.dtype
+) -> Grouped | None:
+    """Return the grouped form, ``None`` where padding would more than double the work."""
+    lengths = [end - start for start, end, *_ in runs]
+    ranks = [last - first for _, _, first, last, _ in runs]
+    longest, widest, count = max(lengths), max(ranks), len(runs)
+    if min(lengths) < 1 or count * longest > 2 * sum(lengths) or count * widest > 2 * sum(ranks):
+        return None
+    tokens = [min(start + i, end - 1) for start, end, *_ in runs for i in range(longest)]
+    rows = [
+        first + i if first + i < last else first
+        for _, _, first, last, _ in runs
+        for i in range(widest)
+    ]
+    scales = [
+        [[weight if i < rank else 0.0 for i in range(widest)]]
+        for rank, (*_, weight) in zip(ranks, runs, strict=True)
+    ]
+    valid = None
+    neighbours = all(run[1] == after[0] for run, after in pairwise(runs))
+    if not neighbours or min(lengths) < longest:
+        places = [k * longest + i for k in range(count) for i in range(lengths[k])]
+        valid = torch.tensor(places, device=device)
+    steps = {after[2] - run[2] for run, after in pairwise(runs)}
+    even = len(steps) == 1 and min(steps) > 0 and min(ranks) == widest
+    return Grouped(
+        tokens=torch.tensor(tokens, device=device),
+        valid=valid,
+        rows=torch.tensor(rows, device=device),
+        scales=torch.tensor(scales, dtype=dtype, device=device),
+        step=steps.pop() if even else 0,
+    )
 
 
 class SegmentMap:

@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from manylora_kernels import RankExtent, RankSegments, Segment, SegmentMap, lora_delta_
-from manylora_kernels.segments import DENSE_FORM_MAX_TOKENS
 
 IN, OUT = 37, 21
 # Slot -> (first rank row, rank, scaling); rows 0, 3..4, 10, 27..28 belong to nobody.
@@ -31,13 +32,13 @@ def signed(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def pools(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors; rows that no extent owns are NaN in ``a``, and in ``b`` very large."""
+    """Both factors; rows that no extent owns are NaN."""
     a = signed(POOL_ROWS, IN, seed=1, dtype=dtype) / math.sqrt(IN)
     b = signed(POOL_ROWS, OUT, seed=2, dtype=dtype)
     owned = {row for e in EXTENTS.values() for row in range(e.start, e.start + e.rank)}
     unused = [row for row in range(POOL_ROWS) if row not in owned]
     a[unused] = math.nan
-    b[unused] = torch.finfo(dtype).max
+    b[unused] = math.nan
     return a, b
 
 
@@ -63,13 +64,18 @@ def resolve(segments: list[Segment], tokens: int, dtype: torch.dtype) -> RankSeg
 
 
 def oracle(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, segments: list[Segment]
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    segments: list[Segment],
+    extents: dict[int, RankExtent] = EXTENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The equation one token, rank row and term at a time; and the sum of all terms' sizes."""
     result, size = y.double(), y.double().abs()
     x64, a64, b64 = x.double(), a.double(), b.double()
     for start, end, slot, weight in segments:
-        extent = EXTENTS[slot]
+        extent = extents[slot]
         for token in range(start, end):
             for row in range(extent.start, extent.start + extent.rank):
                 terms = x64[token] * a64[row]
@@ -92,7 +98,6 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) 
 def test_equals_the_equation(tokens: int, dtype: torch.dtype) -> None:
     segments = layout(tokens)
     runs = resolve(segments, tokens, dtype)
-    assert (runs.gate is not None) == (1 < tokens <= DENSE_FORM_MAX_TOKENS)
     a, b = pools(dtype)
     x, y = signed(tokens, IN, seed=3, dtype=dtype), signed(tokens, OUT, seed=4, dtype=dtype)
     expected, size = oracle(y, x, a, b, segments)
@@ -121,7 +126,8 @@ def test_rows_in_no_segment_keep_their_bits(base: float, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("tokens", "factor"), [(63, "a"), (100, "a"), (100, "b"), (100, "both")])
+@pytest.mark.parametrize("factor", ["a", "b", "both"])
+@pytest.mark.parametrize("tokens", [63, 100])
 def test_another_adapter_s_poison_reaches_no_token(tokens: int, factor: str, poison: float) -> None:
     segments = layout(tokens)
     runs = resolve(segments, tokens, torch.float32)
@@ -156,7 +162,6 @@ def test_segments_may_overlap(tokens: int) -> None:
         Segment(50, 60, 0, 0.5),
     ]
     runs = resolve(segments, tokens, torch.float32)
-    assert (runs.gate is not None) == (tokens <= DENSE_FORM_MAX_TOKENS)
     a, b = pools(torch.float32)
     x, y = signed(tokens, IN, seed=5), signed(tokens, OUT, seed=6)
     expected, size = oracle(y, x, a, b, segments)
@@ -167,7 +172,6 @@ def test_segments_may_overlap(tokens: int) -> None:
 def test_far_apart_extents_are_looped_over() -> None:
     segments = [Segment(0, 2, 0), Segment(2, 4, 7)]
     runs = resolve(segments, 5, torch.float32)
-    assert runs.gate is None, "28 rank rows would be multiplied where 3 are used"
     a, b = pools(torch.float32)
     x, y = signed(5, IN, seed=7), signed(5, OUT, seed=8)
     expected, size = oracle(y, x, a, b, segments)
@@ -207,3 +211,52 @@ def test_shapes_that_do_not_agree_are_refused(wrong: str) -> None:
     y = torch.zeros(3, OUT + (wrong == "y width"))
     with pytest.raises(ValueError, match="shapes do not agree"):
         lora_delta_(y, x, a, b, resolve([Segment(0, 2, 0)], 3, torch.float32))
+
+
+@st.composite
+def decode_steps(draw: st.DrawFn) -> tuple[int, list[Segment], dict[int, RankExtent]]:
+    """Short segments of adapters of like ranks, as decode steps have them; base rows between."""
+    count = draw(st.integers(2, 6))
+    slots = draw(st.permutations(range(count)))
+    even = draw(st.booleans())
+    extents, row = {}, draw(st.integers(0, 3))
+    for slot in slots if draw(st.booleans()) else range(count):
+        rank = 3 if even else draw(st.integers(2, 4))
+        extents[slot] = RankExtent(row, rank, draw(st.sampled_from([0.5, -2.0])))
+        row += rank + draw(st.integers(0, 1)) * (not even)
+    segments, token = [], draw(st.integers(0, 2))
+    for slot in slots:
+        length = 2 if even else draw(st.integers(2, 3))
+        segments.append(Segment(token, token + length, slot, draw(st.sampled_from([1.0, -0.5]))))
+        token += length + draw(st.integers(0, 1)) * (not even)
+    return token + draw(st.integers(0, 2)), segments, extents
+
+
+@given(decode_steps())
+@settings(max_examples=200, deadline=None)
+def test_grouped_products_equal_the_equation(
+    step: tuple[int, list[Segment], dict[int, RankExtent]],
+) -> None:
+    tokens, segments, extents = step
+    runs = SegmentMap(segments, tokens).resolve(extents)
+    assert runs is not None
+    assert runs.grouped is not None
+    rows = max(extent.start + extent.rank for extent in extents.values()) + 1
+    a, b = torch.full((rows, IN), math.nan), torch.full((rows, OUT), math.nan)
+    for slot, (start, rank, _) in extents.items():
+        a[start : start + rank] = signed(rank, IN, seed=20 + slot) / math.sqrt(IN)
+        b[start : start + rank] = signed(rank, OUT, seed=40 + slot)
+    x, y = signed(tokens, IN, seed=3), signed(tokens, OUT, seed=4)
+    before = y.clone()
+    expected, size = oracle(y, x, a, b, segments, extents)
+    lora_delta_(y, x, a, b, runs)
+    assert_close(y, expected, size)
+    outside = [t for t in range(tokens) if not any(s.start <= t < s.end for s in segments)]
+    assert torch.equal(y[outside], before[outside])
+    # Another adapter's infinity stays with its own tokens.
+    poisoned = extents[segments[0].slot]
+    b[poisoned.start] = math.inf
+    got = before.clone()
+    lora_delta_(got, x, a, b, runs)
+    others = [t for t in range(tokens) if not segments[0].start <= t < segments[0].end]
+    assert torch.equal(got[others], y[others])

@@ -48,7 +48,8 @@ def delta_arguments(tokens: int) -> tuple[Any, ...]:
     runs = SegmentMap(segments, tokens).resolve(extents)
     assert runs is not None
     y, x, a, b = (torch.randn(shape) for shape in ((tokens, 6), (tokens, 4), (5, 4), (5, 6)))
-    return y, x, a, b, runs.segments, runs.weights, runs.gate, runs.first_row, runs.spans
+    grouped = runs.grouped or (None, None, None, None, 0)
+    return y, x, a, b, runs.segments, runs.weights, *grouped
 
 
 def attention_arguments(sinks: bool) -> tuple[Any, ...]:

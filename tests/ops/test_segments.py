@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora_kernels import RankExtent, Segment, SegmentMap
-from manylora_kernels.segments import DENSE_FORM_MAX_TOKENS
+from manylora_kernels.segments import GROUPED_MAX_TOKENS
 
 WEIGHTS = st.sampled_from([1.0, -1.0, 0.5, 2.0, 0.0])
 
@@ -52,31 +52,37 @@ def test_resolves_to_the_segments_whose_slots_have_rows(
     weights = [s.weight * extents[s.slot].scaling for s in segments if s.slot in extents]
     assert runs.weights.tolist() == weights
     assert runs.segments.dtype == torch.int32
-    assert runs.first_row == min(run[2] for run in expected)
 
 
 @given(layouts())
 @settings(max_examples=300, deadline=None)
-def test_the_gate_is_the_same_as_the_segments(
+def test_the_grouped_form_says_the_same_as_the_segments(
     layout: tuple[int, list[Segment], dict[int, RankExtent]],
 ) -> None:
     tokens, segments, extents = layout
     runs = SegmentMap(segments, tokens).resolve(extents)
-    if runs is None or runs.gate is None:
+    if runs is None or runs.grouped is None:
         return
-    used = [extents[s.slot] for s in segments if s.slot in extents]
-    last = max(extent.start + extent.rank for extent in used)
-    expected = torch.zeros(tokens, last - runs.first_row)
-    for token in range(tokens):
-        for segment in segments:
-            extent = extents.get(segment.slot)
-            if extent is not None and segment.start <= token < segment.end:
-                for rank in range(extent.rank):
-                    column = extent.start + rank - runs.first_row
-                    expected[token, column] += segment.weight * extent.scaling
-    assert torch.equal(runs.gate, expected)
-    assert tokens <= DENSE_FORM_MAX_TOKENS
-    assert runs.gate.shape[1] <= 2 * sum(extent.rank for extent in set(used))
+    grouped = runs.grouped
+    count, _, rank = grouped.scales.shape
+    places = grouped.tokens.view(count, -1)
+    valid = set(range(places.numel())) if grouped.valid is None else set(grouped.valid.tolist())
+    for index, (start, end, first, last) in enumerate(runs.segments.tolist()):
+        own = [
+            places[index, i] for i in range(places.shape[1]) if index * places.shape[1] + i in valid
+        ]
+        assert own == list(range(start, end))
+        scales = grouped.scales[index, 0]
+        rows = grouped.rows.view(count, rank)[index]
+        assert rows[: last - first].tolist() == list(range(first, last))
+        assert (scales[: last - first] == runs.weights[index]).all()
+        assert (scales[last - first :] == 0).all()
+        if grouped.step:
+            assert rows[0] == grouped.rows[0] + index * grouped.step
+            assert last - first == rank
+    lengths = [end - start for start, end, *_ in runs.segments.tolist()]
+    assert places.numel() <= 2 * sum(lengths), "more padding than tokens"
+    assert tokens <= GROUPED_MAX_TOKENS
 
 
 def test_one_layout_of_rank_rows_is_resolved_once() -> None:
@@ -97,16 +103,26 @@ def test_no_rows_and_no_segments_resolve_to_none() -> None:
     assert SegmentMap([Segment(0, 5, 1)], 5).resolve({}) is None
 
 
-def test_one_adapter_for_all_tokens_needs_no_gate() -> None:
+def test_one_segment_needs_no_grouping() -> None:
     runs = SegmentMap([Segment(0, 5, 1)], 5).resolve({1: RankExtent(2, 3, 1.0)})
     assert runs is not None
-    assert runs.gate is None
+    assert runs.grouped is None
 
 
-def test_the_gate_is_dense_up_to_its_limit() -> None:
+def test_segments_are_grouped_up_to_a_limit() -> None:
     extents = {0: RankExtent(0, 2, 1.0), 1: RankExtent(2, 2, 1.0)}
-    for tokens, dense in ((DENSE_FORM_MAX_TOKENS, True), (DENSE_FORM_MAX_TOKENS + 1, False)):
-        segments = [Segment(0, 1, 0), Segment(1, tokens, 1)]
+    for tokens, expected in ((GROUPED_MAX_TOKENS, True), (GROUPED_MAX_TOKENS + 1, False)):
+        segments = [Segment(0, tokens // 2, 0), Segment(tokens // 2, tokens, 1)]
         runs = SegmentMap(segments, tokens).resolve(extents)
         assert runs is not None
-        assert (runs.gate is not None) == dense
+        assert (runs.grouped is not None) == expected
+
+
+def test_a_decode_step_is_grouped_without_copies() -> None:
+    extents = {slot: RankExtent(16 * slot, 16, 0.5) for slot in range(8)}
+    segments = [Segment(2 * slot, 2 * slot + 2, slot) for slot in range(8)]
+    runs = SegmentMap(segments, 16).resolve(extents)
+    assert runs is not None
+    assert runs.grouped is not None
+    assert runs.grouped.step == 16
+    assert runs.grouped.valid is None

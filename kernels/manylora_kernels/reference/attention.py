@@ -95,8 +95,8 @@ def _decode(
     batch, heads, dim = q.shape
     block_tokens, kv_heads = k_cache.shape[1:3]
     tables = block_tables[:, : -(-longest // block_tokens)]
-    k = _gather(k_cache, tables, context_lens).transpose(1, 2)
-    v = _gather(v_cache, tables, context_lens).transpose(1, 2)
+    keys, values = _gather(k_cache, v_cache, tables, context_lens)
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
     positions = torch.arange(k.shape[2], device=q.device)
     ends = context_lens[:, None]
     visible = positions < ends
@@ -108,20 +108,30 @@ def _decode(
     return out.reshape(batch, heads, -1)
 
 
-def _gather(cache: torch.Tensor, tables: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+def _gather(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables: torch.Tensor,
+    context_lens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each sequence's pages as ``[B, keys, kv_heads, dim]``, finite beyond its context.
 
     Block 0, which is finite, stands in for blocks beyond a sequence's last: those in its table
     that it has not reached may hold what an earlier owner left there, like its last one's end.
     """
-    last = torch.div(context_lens - 1, cache.shape[1], rounding_mode="floor").long()
-    ahead = torch.arange(tables.shape[1], device=cache.device) > last[:, None]
-    pages = cache[tables.masked_fill(ahead, 0)]
-    rows = torch.arange(tables.shape[0], device=cache.device)
-    offsets = torch.arange(cache.shape[1], device=cache.device)
-    stale = last[:, None] * cache.shape[1] + offsets >= context_lens[:, None]
-    pages[rows, last] = pages[rows, last].masked_fill_(stale[:, :, None, None], 0.0)
-    return pages.flatten(1, 2)
+    block_tokens = k_cache.shape[1]
+    last = torch.div(context_lens - 1, block_tokens, rounding_mode="floor")
+    ahead = torch.arange(tables.shape[1], device=tables.device) > last[:, None]
+    blocks = tables.masked_fill(ahead, 0).flatten()
+    rows = torch.arange(tables.shape[0], device=tables.device)
+    offsets = torch.arange(block_tokens, device=tables.device)
+    stale = (last[:, None] * block_tokens + offsets >= context_lens[:, None])[:, :, None, None]
+    found = []
+    for cache in (k_cache, v_cache):
+        pages = cache.index_select(0, blocks).view(*tables.shape, *cache.shape[1:])
+        pages[rows, last] = pages[rows, last].masked_fill_(stale, 0.0)
+        found.append(pages.flatten(1, 2))
+    return found[0], found[1]
 
 
 def _prefill(

@@ -15,25 +15,46 @@ def lora_delta_(
     b: torch.Tensor,
     segments: torch.Tensor,
     weights: torch.Tensor,
-    gate: torch.Tensor | None,
-    first_row: int,
-    spans: list[int],
+    tokens: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    step: int,
 ) -> None:
-    """See ``ops.lora_delta_``. With ``gate``, two products for the whole batch."""
-    if gate is not None:
-        rows = slice(first_row, first_row + gate.shape[1])
-        projected = x @ a[rows].t()
-        projected.mul_(gate)
-        # A product with 0 would keep another adapter's NaN or infinity.
-        projected.masked_fill_(gate == 0, 0.0)
-        for start, end in zip(spans[::2], spans[1::2], strict=True):
-            y[start:end].addmm_(projected[start:end], b[rows])
+    """See ``ops.lora_delta_``. The grouped form takes two batched products for all segments."""
+    if tokens is None or rows is None or scales is None:
+        for (start, end, row_start, row_end), weight in zip(
+            segments.tolist(), weights.tolist(), strict=True
+        ):
+            projected = x[start:end] @ a[row_start:row_end].t()
+            y[start:end].addmm_(projected, b[row_start:row_end], alpha=weight)
         return
-    for (start, end, row_start, row_end), weight in zip(
-        segments.tolist(), weights.tolist(), strict=True
-    ):
-        projected = x[start:end] @ a[row_start:row_end].t()
-        y[start:end].addmm_(projected, b[row_start:row_end], alpha=weight)
+    count, rank = scales.shape[0], scales.shape[2]
+    start, first_row = int(segments[0, 0]), int(segments[0, 2])
+    length = tokens.shape[0] // count
+    if valid is None:
+        inputs = x[start : start + count * length].view(count, length, -1)
+    else:
+        inputs = x.index_select(0, tokens).view(count, length, -1)
+    projected = torch.bmm(inputs, _factors(a, rows, first_row, count, rank, step).transpose(1, 2))
+    projected.mul_(scales)
+    factors = _factors(b, rows, first_row, count, rank, step)
+    if valid is None:
+        y[start : start + count * length].view(count, length, -1).baddbmm_(projected, factors)
+    else:
+        delta = torch.bmm(projected, factors).view(count * length, -1)
+        y.index_add_(0, tokens[valid], delta[valid])
+
+
+def _factors(
+    pool: torch.Tensor, rows: torch.Tensor, first_row: int, count: int, rank: int, step: int
+) -> torch.Tensor:
+    """Return each segment's rank rows as ``[count, rank, width]``: a view where they are even."""
+    if step:
+        width = pool.stride(0)
+        offset = pool.storage_offset() + first_row * width
+        return pool.as_strided((count, rank, pool.shape[1]), (step * width, width, 1), offset)
+    return pool.index_select(0, rows).view(count, rank, -1)
 
 
 @register("scale_shift_", REFERENCE)

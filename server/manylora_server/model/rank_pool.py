@@ -13,8 +13,7 @@ class RankPool:
 
     ``a [rows, in]`` and ``b [rows, out]``; a slot owns the rows of its extent and no others, so
     an adapter of rank 4 takes four rows, whatever its neighbours' ranks. Growing and shrinking
-    move rows; extents are the only references to them, and change only between steps. All rows are
-    finite, unused ones too, as the dense form of ``lora_delta_`` needs.
+    move rows; extents are the only references to them, and change only between steps.
     """
 
     def __init__(
@@ -39,8 +38,6 @@ class RankPool:
             if not bool(self.a[rows].isfinite().all() & self.b[rows].isfinite().all()):
                 raise OverflowError(f"the adapter holds values beyond the range of {self.a.dtype}")
         except BaseException:
-            self.a[rows].zero_()
-            self.b[rows].zero_()
             self.remove(slot)
             raise
 
@@ -70,8 +67,8 @@ class RankPool:
 
     def _reallocate(self, rows: int) -> None:
         """Move all extents, gaps closed, into new pools of ``rows`` rows."""
-        a = self.a.new_zeros(rows, self.a.shape[1])
-        b = self.b.new_zeros(rows, self.b.shape[1])
+        a = self.a.new_empty(rows, self.a.shape[1])
+        b = self.b.new_empty(rows, self.b.shape[1])
         row = 0
         for slot, extent in sorted(self.extents.items(), key=lambda item: item[1]):
             source = slice(extent.start, extent.start + extent.rank)
