@@ -99,6 +99,13 @@ class _Server(uvicorn.Server):
         self._engine = engine
         self._drain_s = drain_s
         self._on_ready = on_ready
+        self._draining: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """Refuse requests from now on, and make ``serve`` end once the accepted ones have."""
+        # uvicorn looks at its flag ten times a second only, and must let nobody in until then.
+        self._draining = asyncio.create_task(self._engine.drain(self._drain_s))
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -109,9 +116,11 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Side by side: uvicorn stops accepting first and then waits for the answers that the
-        # draining engine still gives.
-        await asyncio.gather(super().shutdown(sockets), self._engine.drain(self._drain_s))
+        # uvicorn closes its sockets first and then waits for the answers that the draining engine
+        # still gives.
+        await super().shutdown(sockets)
+        if self._draining is not None:
+            await self._draining
 
 
 async def _serve(server: _Server, listener: socket.socket) -> bool:
@@ -120,10 +129,12 @@ async def _serve(server: _Server, listener: socket.socket) -> bool:
 
     def on_signal() -> None:
         if server.should_exit:
+            # uvicorn would log each request that is cut off as an error of the application.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             serving.cancel()
             return
+        server.stop()
         logger.info("stopping: running requests may finish; another signal stops at once")
-        server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)

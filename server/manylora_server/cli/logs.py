@@ -54,6 +54,8 @@ def configure_logging(log_format: LogFormat) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logger.setLevel(logging.INFO)
+    # At its import, which transformers causes, it warns of a kernel from the hub; none is used.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def announce(message: str, log_format: LogFormat) -> None:

@@ -185,6 +185,7 @@ class AsyncEngine:
                 except Exception:
                     logger.exception("the engine failed between steps")
                     outputs = self._engine.fail_all("the engine failed")
+                    self._engine.report_state()
                 self._deliver(outputs)
         except Exception:
             logger.exception("the engine's thread ends; only a restart helps")

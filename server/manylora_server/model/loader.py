@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from manylora_server.core.config import ModelConfig
@@ -52,15 +52,17 @@ def load_model(config: ModelConfig) -> LoadedModel:
     dtype = resolve_dtype(config.dtype, device)
     folder = resolve_folder(config.model)
     try:
+        raw, _ = PreTrainedConfig.get_config_dict(folder)
+        model_type = raw.get("model_type")
+        # Before transformers looks: its answer to a type it does not know is advice on pip.
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise StartupError(
+                f"MODEL {config.model!r}: architecture {model_type!r} is not served. "
+                f"Served are: {', '.join(sorted(SUPPORTED_MODEL_TYPES))}."
+            )
         hf_config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise StartupError(f"MODEL {config.model!r}: {error}") from error
-    model_type = hf_config.model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise StartupError(
-            f"MODEL {config.model!r}: architecture {model_type!r} is not served. "
-            f"Served are: {', '.join(sorted(SUPPORTED_MODEL_TYPES))}."
-        )
     try:
         model = _load_weights(config, hf_config, folder, dtype, device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
