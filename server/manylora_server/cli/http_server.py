@@ -82,7 +82,9 @@ def run_server(
         timeout_graceful_shutdown=int(http.shutdown_timeout_s) + _CLOSING_S,
     )
     server = _Server(config, engine, http.shutdown_timeout_s, on_ready)
-    return asyncio.run(_serve(server, listener))
+    # uvicorn's own choice of loop: uvloop, where it is installed.
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_serve(server, listener))
 
 
 class _Server(uvicorn.Server):

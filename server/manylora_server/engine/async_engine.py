@@ -19,6 +19,7 @@ from manylora_server.core.errors import (
 from manylora_server.core.types import FinishReason, Request, RequestOutput
 from manylora_server.engine.catalog import AdapterCatalog
 from manylora_server.engine.engine import Engine
+from manylora_server.engine.thread import EngineThread
 from manylora_server.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Accepts requests from event loops and runs ``Engine`` in a thread of its own.
+    """Accepts requests from event loops and runs ``Engine`` in ``thread``.
 
     The thread alone touches the engine; additions and aborts reach it through a queue and take
     effect before its next step.
@@ -54,6 +55,7 @@ class AsyncEngine:
         tokenizer: Tokenizer,
         model_name: str,
         limits: EngineLimits,
+        thread: EngineThread | None = None,
     ) -> None:
         self.adapters = adapters
         self.tokenizer = tokenizer
@@ -66,7 +68,8 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._accepting = False
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="manylora-engine", daemon=True)
+        self._started = False
+        self._thread = thread or EngineThread()
 
     @property
     def max_model_len(self) -> int:
@@ -86,7 +89,7 @@ class AsyncEngine:
     @property
     def dead(self) -> bool:
         """Whether the engine's thread has ended; only a restart helps then."""
-        return self._thread.ident is not None and not self._thread.is_alive()
+        return self._started and not self._thread.is_alive()
 
     @property
     def unfinished(self) -> int:
@@ -96,8 +99,8 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start stepping and accepting requests."""
-        self._thread.start()
-        self._accepting = True
+        self._started = self._accepting = True
+        self._thread.finish_with(self._run)
 
     def validate(self, request: Request) -> None:
         """Raise the ``ManyloraError`` for which ``request`` could not be accepted now, if any."""
@@ -172,9 +175,10 @@ class AsyncEngine:
     def close(self) -> None:
         """Stop the thread after its current step. Unfinished requests end with an error."""
         self._accepting = False
-        if self._thread.is_alive():
-            self._inbox.put(None)
-            self._thread.join()
+        if not self._started:
+            self._thread.finish_with(lambda: None)
+        self._inbox.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         outputs: list[RequestOutput] = []

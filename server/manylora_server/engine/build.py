@@ -16,6 +16,7 @@ from manylora_server.engine.async_engine import AsyncEngine, EngineLimits
 from manylora_server.engine.catalog import AdapterCatalog
 from manylora_server.engine.engine import Engine
 from manylora_server.engine.kv_blocks import KVBlocks
+from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
 from manylora_server.model.loader import LoadedModel, load_model
 from manylora_server.model.modules import AdaptedModules
@@ -35,6 +36,15 @@ def build_engine(config: ServerConfig, observer: EngineObserver) -> AsyncEngine:
 
     Raises ``StartupError`` with what is wrong and what would be right.
     """
+    thread = EngineThread()
+    try:
+        return thread.call(lambda: _build(config, observer, thread))
+    except BaseException:
+        thread.finish_with(lambda: None)
+        raise
+
+
+def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread) -> AsyncEngine:
     model_config = config.model
     if model_config.cache_dir is None:
         model_config = replace(model_config, cache_dir=config.home / "quantized")
@@ -62,6 +72,7 @@ def build_engine(config: ServerConfig, observer: EngineObserver) -> AsyncEngine:
         model_config.served_name,
         config.engine,
         observer,
+        thread,
     )
 
 
@@ -73,6 +84,7 @@ def assemble(
     name: str,
     config: EngineConfig,
     observer: EngineObserver,
+    thread: EngineThread,
 ) -> AsyncEngine:
     """Return an engine over a loaded and tested base."""
     max_model_len = min(config.max_model_len or loaded.max_positions, loaded.max_positions)
@@ -114,7 +126,7 @@ def assemble(
         max_model_len,
         config.adapter_slots,
     )
-    return AsyncEngine(engine, adapters, tokenizer, name, limits)
+    return AsyncEngine(engine, adapters, tokenizer, name, limits, thread)
 
 
 def select_compiled_backends() -> None:
