@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from manylora_server.engine.async_engine import AsyncEngine
 
 SERVED_NAME = "manylora-demo"
-DEMO_TOKENS = 96
+DEMO_TOKENS = 128
 
 Once = Annotated[bool, typer.Option("--once", help="Exit after the completions.")]
 
