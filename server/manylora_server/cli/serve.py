@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,8 +107,14 @@ def running_engine(config: ServerConfig, metrics: PrometheusMetrics) -> Iterator
     """Load everything and run the engine, watched by ``metrics``, until the block ends."""
     from manylora_server.engine.build import build_engine
 
-    engine = build_engine(config, metrics)
-    engine.start()
+    # The engine's thread loads; ending the interpreter under it may hang in native code. There is
+    # nothing to lose yet, so an interrupt ends the process at once, as a termination does.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        engine = build_engine(config, metrics)
+        engine.start()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     try:
         yield engine
     finally:

@@ -99,8 +99,8 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start stepping and accepting requests."""
-        self._started = self._accepting = True
         self._thread.finish_with(self._run)
+        self._started = self._accepting = True
 
     def validate(self, request: Request) -> None:
         """Raise the ``ManyloraError`` for which ``request`` could not be accepted now, if any."""
