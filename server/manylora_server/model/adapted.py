@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from manylora_kernels import SegmentMap, lora_delta_, scale_shift_
+from manylora_kernels import SegmentMap, lora_delta_
 from manylora_server.model.context import current_context
 from manylora_server.model.rank_pool import AffinePool, RankPool
 from manylora_store.canonical import LowRank, ModulePatch, ModuleSpec
@@ -139,15 +139,7 @@ class AdaptedLinear(AdaptedModule):
             runs = segments.resolve(self.ranks.extents)
             if runs is not None:
                 lora_delta_(result, rows, self.ranks.a, self.ranks.b, runs)
-        if self.affine.rows:
-            affine = [
-                (start, end, self.affine.rows[slot])
-                for start, end, slot, _ in segments.segments
-                if slot in self.affine.rows
-            ]
-            if affine:
-                table = torch.tensor(affine, dtype=torch.int32)
-                scale_shift_(result, self.affine.scale, self.affine.shift, table)
+        self.affine.apply(result, segments)
         return y
 
     def _replace(self, rows: torch.Tensor, result: torch.Tensor, segments: SegmentMap) -> None:
@@ -205,8 +197,5 @@ class AdaptedEmbedding(AdaptedModule):
             if factors is not None:
                 projected = F.embedding(ids[start:end], factors.a)
                 result[start:end].addmm_(projected, factors.b, alpha=factors.scaling * weight)
-            row = self.affine.rows.get(slot)
-            if row is not None:
-                target = result[start:end]
-                torch.addcmul(self.affine.shift[row], target, self.affine.scale[row], out=target)
+        self.affine.apply(result, segments)
         return y

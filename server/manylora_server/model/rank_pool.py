@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from manylora_kernels import RankExtent
+from manylora_kernels import RankExtent, SegmentMap, scale_shift_
 from manylora_store.canonical import LowRank
 
 
@@ -110,6 +110,16 @@ class AffinePool:
         else:
             self.shift[row].copy_(shift)
         self.rows[slot] = row
+
+    def apply(self, y: torch.Tensor, segments: SegmentMap) -> None:
+        """Scale and shift the rows of ``y [T, out]`` whose slots have a map, in place."""
+        found = [
+            (start, end, self.rows[slot])
+            for start, end, slot, _ in segments.segments
+            if slot in self.rows
+        ]
+        if found:
+            scale_shift_(y, self.scale, self.shift, torch.tensor(found, dtype=torch.int32))
 
     def remove(self, slot: int) -> None:
         """Give ``slot``'s row back; the memory when it was the last."""

@@ -44,13 +44,12 @@ class ModelRunner:
             ends.append(total)
         keep = [end - 1 for end, chunk in zip(ends, ordered, strict=True) if chunk.sample]
         starts = [0, *ends]
-        segments = _segments(ordered, starts)
-        outputs = [chunk for chunk in ordered if chunk.sample]
-        output_rows = list(range(len(outputs) + 1))
+        segments = self._map(_segments(ordered, starts), total)
+        output_segments = segments
         if self._keeps_logits:
+            outputs = [chunk for chunk in ordered if chunk.sample]
+            output_rows = range(len(outputs) + 1)
             output_segments = self._map(_segments(outputs, output_rows), len(outputs))
-        else:
-            output_segments = self._map(segments, total)
         attention = self._attention(ordered, starts)
         token_ids = [token for chunk in ordered for token in chunk.token_ids]
         positions = [
@@ -61,7 +60,7 @@ class ModelRunner:
         input_ids = torch.tensor([token_ids], device=self._device)
         position_ids = torch.tensor([positions], device=self._device)
         rows = torch.tensor(keep, dtype=torch.int64, device=self._device)
-        context = ForwardContext(attention, self._map(segments, total), output_segments)
+        context = ForwardContext(attention, segments, output_segments)
         extra = {"logits_to_keep": rows} if self._keeps_logits else {}
         with forward_context(context):
             out = self.model(
