@@ -45,7 +45,6 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -93,10 +92,6 @@ class Tokenizer:
             clean_up_tokenization_spaces=False,
         )
         return text
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether ``token_id`` is a special token, which generated text leaves out."""
-        return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token stands for, also where they are part of a character.
