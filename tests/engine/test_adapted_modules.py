@@ -1,4 +1,4 @@
-"""Wrapped modules against the equations of ``manylora_store.canonical``, row by row."""
+"""Wrapped modules against the equations of ``manylora_store.compiler.canonical``, row by row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from manylora_kernels import Segment, SegmentMap
 from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
 from manylora_server.model.context import ForwardContext, forward_context
-from manylora_store.canonical import LowRank, ModulePatch, ModuleSpec
+from manylora_store.compiler.canonical import LowRank, ModulePatch, ModuleSpec
 
 IN, OUT, VOCAB = 6, 5, 11
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora_server.model.rank_pool import AffinePool, RankPool
-from manylora_store.canonical import LowRank
+from manylora_store.compiler.canonical import LowRank
 
 IN, OUT = 3, 2
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from manylora_server.core.errors import (
     StartupError,
 )
 from manylora_server.core.types import AdapterChoice
-from manylora_store.canonical import BaseLayout, CompiledAdapter
-from manylora_store.compile import compile_adapter
+from manylora_store.checkpoint.folder import open_folder
+from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
+from manylora_store.compiler.compile import compile_adapter
 from manylora_store.errors import AdapterError
-from manylora_store.folder import open_folder
 from manylora_store.records import AdapterRecord
 
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")

@@ -28,7 +28,7 @@ from manylora_server.engine.sequence import Sequence
 from manylora_server.model.batch import Chunk
 from manylora_server.model.sampler import Sampled, SamplerState, sample
 from manylora_server.model.slots import AdapterSlots
-from manylora_store.canonical import CompiledAdapter
+from manylora_store.compiler.canonical import CompiledAdapter
 
 logger = logging.getLogger(__name__)
 

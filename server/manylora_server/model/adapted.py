@@ -1,8 +1,8 @@
 """Modules that add, to each row of a batch, what that row's adapter does to the base module.
 
-Each wraps the base's module and computes the equation of ``manylora_store.canonical``. A module is
-wrapped when the first adapter touches it; modules that no adapter touches run as transformers
-wrote them.
+Each wraps the base's module and computes the equation of ``manylora_store.compiler.canonical``.
+A module is wrapped when the first adapter touches it; modules that no adapter touches run as
+transformers wrote them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from manylora_kernels import SegmentMap, lora_delta_
 from manylora_server.model.context import current_context
 from manylora_server.model.rank_pool import AffinePool, RankPool
-from manylora_store.canonical import LowRank, ModulePatch, ModuleSpec
+from manylora_store.compiler.canonical import LowRank, ModulePatch, ModuleSpec
 
 
 class AdaptedModule(nn.Module):

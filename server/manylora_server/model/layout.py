@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora_server.model.nf4_linear import NF4Linear
 from manylora_server.model.packed_linear import PackedLinear
-from manylora_store.canonical import BaseLayout, ModuleKind, ModuleSpec
+from manylora_store.compiler.canonical import BaseLayout, ModuleKind, ModuleSpec
 
 
 def module_specs(model: Any) -> dict[str, ModuleSpec]:

@@ -23,7 +23,7 @@ from manylora_server.model.experts import quantize_experts
 from manylora_server.model.layout import describe, module_specs
 from manylora_server.model.nf4_linear import replace_4bit_linears
 from manylora_server.model.packed_linear import can_pack, pack_linears
-from manylora_store.canonical import BaseLayout
+from manylora_store.compiler.canonical import BaseLayout
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
-from manylora_store.canonical import BaseLayout, CompiledAdapter
+from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
 
 _WRAPPERS = {"linear": AdaptedLinear, "embedding": AdaptedEmbedding, "norm": AdaptedModule}
 

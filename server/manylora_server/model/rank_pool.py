@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from manylora_kernels import RankExtent, SegmentMap, scale_shift_
-from manylora_store.canonical import LowRank
+from manylora_store.compiler.canonical import LowRank
 
 
 class RankPool:

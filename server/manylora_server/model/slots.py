@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from manylora_server.model.modules import AdaptedModules
-from manylora_store.canonical import CompiledAdapter
+from manylora_store.compiler.canonical import CompiledAdapter
 
 
 class SlotState(Enum):

@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from manylora_store.canonical import (
+from manylora_store.checkpoint.folder import open_folder
+from manylora_store.compiler.canonical import (
     CompiledAdapter,
     ModulePatch,
 )
-from manylora_store.compile import compile_adapter
+from manylora_store.compiler.compile import compile_adapter
 from manylora_store.errors import AdapterError
-from manylora_store.folder import open_folder
 from unit.store.tiny_models import VOCABULARY, layout_of
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from manylora_store.canonical import CompiledAdapter, LowRank
+from manylora_store.compiler.canonical import CompiledAdapter, LowRank
 from unit.store.store_support import (
     assert_same_as_peft,
     compile_folder,

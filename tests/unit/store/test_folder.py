@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from manylora_store.config import MAX_CONFIG_BYTES
+from manylora_store.checkpoint.config import MAX_CONFIG_BYTES
+from manylora_store.checkpoint.folder import open_folder
 from manylora_store.errors import AdapterInvalidError
-from manylora_store.folder import open_folder
 from unit.store.store_support import (
     compile_folder,
     edit_config,

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoraConfig
 
-from manylora_store.config import parse_config
+from manylora_store.checkpoint.config import parse_config
+from manylora_store.checkpoint.fields import FIELDS
+from manylora_store.checkpoint.folder import open_folder
+from manylora_store.checkpoint.names import parse_name
 from manylora_store.errors import AdapterError, AdapterInvalidError
-from manylora_store.fields import FIELDS
-from manylora_store.folder import open_folder
-from manylora_store.names import parse_name
 from unit.store.store_support import save_adapter
 from unit.store.tiny_models import build_base
 
@@ -37,7 +37,8 @@ def test_every_field_of_peft_is_decided() -> None:
 
 def test_configuration_and_names_need_neither_torch_nor_peft() -> None:
     program = (
-        "import sys, manylora_store.config, manylora_store.names, manylora_store.records;"
+        "import sys, manylora_store.checkpoint.config, manylora_store.checkpoint.names;"
+        "import manylora_store.records;"
         "sys.exit(bool({'torch', 'peft'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

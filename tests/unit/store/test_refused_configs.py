@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from peft import AdaLoraConfig, LoraConfig
 
-from manylora_store.compile import compile_adapter
+from manylora_store.checkpoint.folder import open_folder
+from manylora_store.compiler.compile import compile_adapter
 from manylora_store.errors import (
     AdapterError,
     AdapterIncompatibleError,
     AdapterInvalidError,
     AdapterUnsupportedError,
 )
-from manylora_store.folder import open_folder
 from unit.store.store_support import (
     edit_config,
     refuse,

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from manylora_store.canonical import BaseLayout, ModuleKind, ModuleSpec
+from manylora_store.compiler.canonical import BaseLayout, ModuleKind, ModuleSpec
 
 VOCABULARY = 48
 SIZES: dict[str, Any] = {

@@ -21,8 +21,8 @@ from peft.utils.constants import (
 )
 from peft.utils.other import match_target_against_key
 
-from manylora_store.canonical import BaseLayout
-from manylora_store.config import AdapterConfig
+from manylora_store.checkpoint.config import AdapterConfig
+from manylora_store.compiler.canonical import BaseLayout
 from manylora_store.errors import AdapterInvalidError
 
 Targets = str | tuple[str, ...]

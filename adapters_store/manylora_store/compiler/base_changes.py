@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora_store.accounting import Slots
-from manylora_store.canonical import BaseLayout
+from manylora_store.checkpoint.weights import TensorInfo
+from manylora_store.compiler.accounting import Slots
+from manylora_store.compiler.canonical import BaseLayout
+from manylora_store.compiler.matching import tied_modules
+from manylora_store.compiler.targets import Plan
 from manylora_store.errors import AdapterInvalidError, AdapterUnsupportedError
-from manylora_store.matching import tied_modules
-from manylora_store.targets import Plan
-from manylora_store.weights import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

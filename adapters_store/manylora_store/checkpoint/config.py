@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from manylora_store.config_reader import CONFIG_NAME, BiasMode, FieldReader
+from manylora_store.checkpoint.config_reader import CONFIG_NAME, BiasMode, FieldReader
+from manylora_store.checkpoint.fields import refuse_unsupported_fields
 from manylora_store.errors import AdapterInvalidError, AdapterUnsupportedError
-from manylora_store.fields import refuse_unsupported_fields
 
 MAX_CONFIG_BYTES = 16 * 2**20
 SUPPORTED_PEFT_TYPES = ("LORA", "ADALORA")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manylora_store.config import AdapterConfig, read_config
+from manylora_store.checkpoint.config import AdapterConfig, read_config
+from manylora_store.checkpoint.weights import WeightFile, open_weights
 from manylora_store.errors import AdapterInvalidError
-from manylora_store.weights import WeightFile, open_weights
 
 NOT_IN_DIGEST = frozenset(
     {

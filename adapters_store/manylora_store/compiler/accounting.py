@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from manylora_store.canonical import BaseLayout, ModuleSpec
-from manylora_store.config import AdapterConfig
+from manylora_store.checkpoint.config import AdapterConfig
+from manylora_store.checkpoint.names import PREFIX, TensorName, parse_name
+from manylora_store.checkpoint.weights import TensorInfo
+from manylora_store.compiler.canonical import BaseLayout, ModuleSpec
+from manylora_store.compiler.targets import Plan, Target
 from manylora_store.errors import (
     AdapterIncompatibleError,
     AdapterInvalidError,
     AdapterUnsupportedError,
 )
-from manylora_store.names import PREFIX, TensorName, parse_name
-from manylora_store.targets import Plan, Target
-from manylora_store.weights import TensorInfo
 
 Slots = dict[str, dict[str, str]]
 """Module name to slot to the tensor's name in the file."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora_store.canonical import LowRank, ModuleSpec
+from manylora_store.compiler.canonical import LowRank, ModuleSpec
+from manylora_store.compiler.targets import Target
 from manylora_store.errors import AdapterInvalidError
-from manylora_store.targets import Target
 
 ROWS_AT_ONCE = 1024
 """Rows of ``W + scaling * B A`` held at a time, so that a large embedding fits in memory."""

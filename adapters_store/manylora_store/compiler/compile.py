@@ -7,15 +7,20 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from manylora_store.accounting import Ledger, account
-from manylora_store.base_changes import BaseChanges, find_base_changes
-from manylora_store.canonical import BaseLayout, CompiledAdapter, ModulePatch, ModuleSpec
+from manylora_store.checkpoint.folder import AdapterFiles
+from manylora_store.checkpoint.weights import WeightFile
+from manylora_store.compiler.accounting import Ledger, account
+from manylora_store.compiler.base_changes import BaseChanges, find_base_changes
+from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter, ModulePatch, ModuleSpec
+from manylora_store.compiler.lowrank import (
+    dora_scale,
+    low_rank,
+    read_factors,
+    share_embedding_factors,
+)
+from manylora_store.compiler.targets import Plan, plan_targets
 from manylora_store.errors import AdapterInvalidError, AdapterUnsupportedError
-from manylora_store.folder import AdapterFiles
-from manylora_store.lowrank import dora_scale, low_rank, read_factors, share_embedding_factors
 from manylora_store.records import AdapterRecord
-from manylora_store.targets import Plan, plan_targets
-from manylora_store.weights import WeightFile
 
 Tensors = dict[str, torch.Tensor]
 

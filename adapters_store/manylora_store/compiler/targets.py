@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from peft.utils.other import get_pattern_key
 
-from manylora_store.canonical import BaseLayout, ModuleSpec
-from manylora_store.config import AdapterConfig
+from manylora_store.checkpoint.config import AdapterConfig
+from manylora_store.compiler.canonical import BaseLayout, ModuleSpec
+from manylora_store.compiler.matching import Matcher, build_matcher, matches_suffix
 from manylora_store.errors import (
     AdapterIncompatibleError,
     AdapterInvalidError,
     AdapterUnsupportedError,
 )
-from manylora_store.matching import Matcher, build_matcher, matches_suffix
 
 ADALORA_EPSILON = 1e-5
 """What PEFT's ``SVDLinear`` adds to the rank before dividing by it."""
