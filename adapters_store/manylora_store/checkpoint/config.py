@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from manylora_store.checkpoint.config_reader import CONFIG_NAME, BiasMode, FieldReader
 from manylora_store.checkpoint.fields import refuse_unsupported_fields
+from manylora_store.checkpoint.weights import refuse_lfs_pointer
 from manylora_store.errors import AdapterInvalidError, AdapterUnsupportedError
 
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -47,25 +49,31 @@ class AdapterConfig:
     raw: Mapping[str, Any]
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Read and check ``adapter_config.json`` of ``folder``.
+def read_config(path: Path) -> AdapterConfig:
+    """Read and check the ``adapter_config.json`` at ``path``, whatever it is called there.
 
     Raises:
-        AdapterInvalidError: missing, too large, not a JSON object, or with wrong types.
+        AdapterInvalidError: missing, too large, a Git LFS pointer, not a JSON object, or with wrong
+            types.
         AdapterUnsupportedError: a type or a field this server cannot compute.
     """
-    path = folder / CONFIG_NAME
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise AdapterInvalidError(
-                f"{CONFIG_NAME} has {size} bytes; at most {MAX_CONFIG_BYTES} are accepted"
-            )
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_CONFIG_BYTES:
+                raise AdapterInvalidError(
+                    f"{CONFIG_NAME} has {size} bytes; at most {MAX_CONFIG_BYTES} are accepted"
+                )
+            text = file.read(size)
     except FileNotFoundError:
         raise AdapterInvalidError(f"{CONFIG_NAME} is missing; a PEFT adapter has one") from None
     except OSError as error:
         raise AdapterInvalidError(f"{CONFIG_NAME} cannot be read: {error.strerror}") from error
+    refuse_lfs_pointer(CONFIG_NAME, text, size)
+    try:
+        raw = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+        # An escape can spell half a surrogate pair, which no database or response can hold.
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise AdapterInvalidError(f"{CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
@@ -88,7 +96,7 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
     adalora = peft_type == "ADALORA"
     config = AdapterConfig(
         peft_type=peft_type,
-        rank=reader.integer("init_r", 12) if adalora else reader.integer("r", 8),
+        rank=reader.rank("init_r", 12) if adalora else reader.rank("r", 8),
         alpha=reader.number("lora_alpha", 8),
         rank_pattern={} if adalora else reader.rank_pattern(),
         kept_ranks=reader.kept_ranks() if adalora else {},

@@ -12,9 +12,23 @@ CONFIG_NAME = "adapter_config.json"
 
 BiasMode = Literal["none", "all", "lora_only"]
 
+MAX_RANK = 65_536
+"""More than any layer is wide; what is computed from a rank stays within float64 and memory."""
+
+MAX_TEXT = 4096
+_SHOWN = 200
+_MAX_NUMBER = 2**1023
+
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # JSON integers have no bound; one beyond float64 cannot even be asked whether it is finite.
+    return abs(value) <= _MAX_NUMBER and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> TypeGuard[int]:
+    return _is_integer(value) and 1 <= value <= MAX_RANK
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:
@@ -32,9 +46,10 @@ class FieldReader:
         self._raw = raw
 
     def _fail(self, key: str, expected: str) -> NoReturn:
-        raise AdapterInvalidError(
-            f"{CONFIG_NAME}: {key} is {self._raw[key]!r}; {expected} is expected"
-        )
+        found = repr(self._raw[key])
+        if len(found) > _SHOWN:
+            found = found[:_SHOWN] + "…"
+        raise AdapterInvalidError(f"{CONFIG_NAME}: {key} is {found}; {expected} is expected")
 
     def flag(self, key: str) -> bool:
         """Read a flag; absent is false."""
@@ -45,11 +60,11 @@ class FieldReader:
             self._fail(key, "true or false")
         return value
 
-    def integer(self, key: str, default: int) -> int:
-        """Read a positive integer."""
+    def rank(self, key: str, default: int) -> int:
+        """Read a rank."""
         value = self._raw.get(key, default)
-        if not _is_integer(value) or value < 1:
-            self._fail(key, "a positive integer")
+        if not _is_rank(value):
+            self._fail(key, f"an integer from 1 to {MAX_RANK}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -60,10 +75,12 @@ class FieldReader:
         return float(value)
 
     def optional_text(self, key: str) -> str | None:
-        """Read a string or nothing."""
+        """Read a string or nothing. It is shown and kept in databases, which NUL would end."""
         value = self._raw.get(key)
-        if value is not None and not isinstance(value, str):
-            self._fail(key, "a string")
+        if value is None:
+            return None
+        if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
+            self._fail(key, f"a string of at most {MAX_TEXT} characters, none of them NUL,")
         return value
 
     def bias(self) -> BiasMode:
@@ -123,8 +140,8 @@ class FieldReader:
     def rank_pattern(self) -> Mapping[str, int]:
         """Read LoRA's ``rank_pattern``."""
         value = self._mapping("rank_pattern")
-        if not all(_is_integer(item) and item > 0 for item in value.values()):
-            self._fail("rank_pattern", "an object of positive ranks")
+        if not all(_is_rank(item) for item in value.values()):
+            self._fail("rank_pattern", f"an object of ranks from 1 to {MAX_RANK}")
         return dict(value)
 
     def alpha_pattern(self) -> Mapping[str, float]:

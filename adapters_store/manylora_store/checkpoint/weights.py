@@ -1,177 +1,140 @@
-"""The weight file of an adapter folder: what it holds, and its bytes as tensors."""
+"""The weight file of an adapter: its header, and its bytes. Imports neither torch nor peft."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from manylora_store.checkpoint.header import (
+    LENGTH_BYTES,
+    HeaderError,
+    TensorInfo,
+    header_length,
+    parse_header,
+)
 from manylora_store.errors import AdapterInvalidError
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec"
-# A pickle can hold many views of one small storage; honest files tie two tensors at most.
-MAX_BIN_EXPANSION = 4
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Shape and dtype (torch's name for it) of one stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One readable weight file; ``header`` lists its tensors, sorted by name."""
+    """One readable safetensors file; ``header`` lists its tensors, sorted by name.
+
+    ``size`` is the file's in bytes. ``header_digest`` is the SHA-256 of the header as it is stored:
+    two files with the same one differ in the values of their tensors only.
+    """
 
     path: Path
     size: int
     header: Mapping[str, TensorInfo]
-
-    def iterate(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor in the dtype it is stored in, in the header's order.
-
-        Raises:
-            AdapterInvalidError: the file cannot be read.
-        """
-        if self.path.name == BIN_NAME:
-            tensors = _load_bin(self.path)
-            yield from ((name, tensors[name].contiguous()) for name in self.header)
-            return
-        with _open_safetensors(self.path) as file:
-            for name in self.header:
-                yield name, file.get_tensor(name)
+    header_digest: str
 
     def update_digest(self, digest: hashlib._Hash) -> None:
         """Feed name, dtype, shape and bytes of every tensor to ``digest``, in the header's order.
 
-        The same tensors give the same digest from either file format.
+        Raises:
+            AdapterInvalidError: the file cannot be read, or has become shorter.
         """
-        for name, tensor in self.iterate():
-            info = self.header[name]
-            digest.update(
-                f"{len(name)}:{name}|{info.dtype}|{list(info.shape)}|".encode(
-                    errors="backslashreplace"
+        buffer = memoryview(bytearray(_CHUNK))
+        with open_data(self.path) as file:
+            for name, info in self.header.items():
+                digest.update(f"{len(name)}:{name}|{info.dtype}|{list(info.shape)}|".encode())
+                for start in range(0, info.size, _CHUNK):
+                    chunk = buffer[: min(_CHUNK, info.size - start)]
+                    file.read_into(chunk, info.offset + start)
+                    digest.update(chunk)
+
+
+class DataFile:
+    """A file opened for reading at any offset; use as a context manager."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` (of bytes) from byte ``offset`` of the file on.
+
+        Raises:
+            AdapterInvalidError: the file cannot be read, or ends before.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise _unreadable(self._path, error) from error
+            if count == 0:
+                raise AdapterInvalidError(
+                    f"{self._path.name} is truncated: it ends at byte {offset + done}, within a"
+                    " tensor"
                 )
-            )
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            done += count
 
 
-def open_weights(folder: Path) -> WeightFile:
-    """Find the weight file of ``folder`` and read its header.
-
-    ``adapter_model.safetensors`` is preferred, as in PEFT; ``adapter_model.bin`` is unpickled with
-    ``weights_only=True``.
+def open_data(path: Path) -> DataFile:
+    """Open ``path`` for reading.
 
     Raises:
-        AdapterInvalidError: no file, a Git LFS pointer, a truncated or corrupt file, no tensors, or
-            a tensor that is not of a floating-point dtype.
+        AdapterInvalidError: it cannot be opened.
     """
-    path = folder / SAFETENSORS_NAME
-    if not path.is_file():
-        path = folder / BIN_NAME
-    if not path.is_file():
-        raise AdapterInvalidError(
-            f"no weights: neither {SAFETENSORS_NAME} nor {BIN_NAME} is in the folder"
-        )
-    size = path.stat().st_size
+    try:
+        return DataFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Read the header of the safetensors file ``path`` and hold it against the file's size.
+
+    Raises:
+        AdapterInvalidError: a Git LFS pointer, a truncated or corrupt file, no tensors, or a tensor
+            that is not of a floating-point dtype.
+    """
     try:
         with path.open("rb") as file:
-            magic = file.read(len(LFS_MAGIC))
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(len(LFS_MAGIC))
+            refuse_lfs_pointer(path.name, prefix, size)
+            length = header_length(prefix[:LENGTH_BYTES], size)
+            file.seek(LENGTH_BYTES)
+            text = file.read(length)
     except OSError as error:
-        raise AdapterInvalidError(f"{path.name} cannot be read: {error.strerror}") from error
-    if magic == LFS_MAGIC:
+        raise _unreadable(path, error) from error
+    except HeaderError as error:
+        raise _broken(path, size, error) from error
+    try:
+        header = parse_header(text, size)
+    except HeaderError as error:
+        raise _broken(path, size, error) from error
+    return WeightFile(path, size, header, hashlib.sha256(text).hexdigest())
+
+
+def refuse_lfs_pointer(name: str, beginning: bytes, size: int) -> None:
+    """Raise ``AdapterInvalidError`` if a file that begins so is a Git LFS pointer."""
+    if beginning.startswith(LFS_MAGIC):
         raise AdapterInvalidError(
-            f"{path.name} is a Git LFS pointer of {size} bytes, not the weights; fetch them"
+            f"{name} is a Git LFS pointer of {size} bytes, not the file itself; fetch it"
             " with `git lfs pull`"
         )
-    header = _bin_header(path, size) if path.name == BIN_NAME else _safetensors_header(path)
-    if not header:
-        raise AdapterInvalidError(f"{path.name} holds no tensors")
-    return WeightFile(path=path, size=size, header=dict(sorted(header.items())))
 
 
-def _open_safetensors(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise AdapterInvalidError(
-            f"{path.name} ({path.stat().st_size} bytes) is truncated or not a safetensors file:"
-            f" {error}"
-        ) from error
+def _unreadable(path: Path, error: OSError) -> AdapterInvalidError:
+    return AdapterInvalidError(f"{path.name} cannot be read: {error.strerror}")
 
 
-def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    header = {}
-    with _open_safetensors(path) as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-            entry = file.get_slice(name)
-            stored = entry.get_dtype()
-            if stored not in _SAFETENSORS_DTYPES:
-                raise _bad_dtype(path, name, stored)
-            header[name] = TensorInfo(tuple(entry.get_shape()), _SAFETENSORS_DTYPES[stored])
-    return header
-
-
-def _bin_header(path: Path, size: int) -> dict[str, TensorInfo]:
-    tensors = _load_bin(path)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if total > MAX_BIN_EXPANSION * size:
-        raise AdapterInvalidError(
-            f"{path.name} has {size} bytes but its tensors would take {total}"
-        )
-    header = {}
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _SAFETENSORS_DTYPES.values():
-            raise _bad_dtype(path, name, dtype)
-        header[name] = TensorInfo(tuple(tensor.shape), dtype)
-    return header
-
-
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise AdapterInvalidError(
-            f"{path.name} ({path.stat().st_size} bytes) cannot be read as plain weights:"
-            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise AdapterInvalidError(
-            f"{path.name} holds a {type(loaded).__name__}; a dictionary of tensors is expected"
-        )
-    for name, tensor in loaded.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise AdapterInvalidError(
-                f"{path.name}: entry {name!r} is a {type(tensor).__name__}; a tensor is expected"
-            )
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise AdapterInvalidError(
-                f"{path.name}: tensor {name!r} has layout {tensor.layout} on {tensor.device};"
-                " a dense tensor is expected"
-            )
-    return {name: tensor.detach() for name, tensor in loaded.items()}
-
-
-def _bad_dtype(path: Path, name: str, dtype: str) -> AdapterInvalidError:
-    return AdapterInvalidError(
-        f"{path.name}: tensor {name!r} has dtype {dtype}; expected one of"
-        f" {', '.join(_SAFETENSORS_DTYPES.values())}"
-    )
+def _broken(path: Path, size: int, error: HeaderError) -> AdapterInvalidError:
+    return AdapterInvalidError(f"{path.name} ({size} bytes) is not sound: {error}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from manylora_store.checkpoint.config import AdapterConfig
+from manylora_store.checkpoint.header import TensorInfo
 from manylora_store.checkpoint.names import PREFIX, TensorName, parse_name
-from manylora_store.checkpoint.weights import TensorInfo
 from manylora_store.compiler.canonical import BaseLayout, ModuleSpec
 from manylora_store.compiler.targets import Plan, Target
 from manylora_store.errors import (

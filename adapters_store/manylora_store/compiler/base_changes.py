@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora_store.checkpoint.weights import TensorInfo
+from manylora_store.checkpoint.header import TensorInfo
 from manylora_store.compiler.accounting import Slots
 from manylora_store.compiler.canonical import BaseLayout
 from manylora_store.compiler.matching import tied_modules
