@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from manylora_server.core.config import ModelConfig
+from manylora_server.core.config import ModelConfig, Quantization
 from manylora_server.core.errors import StartupError
 from manylora_server.model import quantized_cache
 from manylora_server.model.architectures import SUPPORTED_MODEL_TYPES
 from manylora_server.model.experts import quantize_experts
+from manylora_server.model.fingerprint import base_fingerprint
 from manylora_server.model.layout import describe, module_specs
 from manylora_server.model.nf4_linear import replace_4bit_linears
 from manylora_server.model.packed_linear import can_pack, pack_linears
@@ -36,6 +37,7 @@ class LoadedModel:
 
     model: Any
     layout: BaseLayout
+    quantization: Quantization
     dtype: torch.dtype
     device: torch.device
     folder: Path
@@ -90,7 +92,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
     text = hf_config.get_text_config()
     return LoadedModel(
         model=model,
-        layout=describe(model, specs, model_type, quantized_cache.cache_key(folder, str(dtype))),
+        layout=describe(model, specs, model_type, base_fingerprint(folder)),
+        quantization="nf4" if replaced or experts else "none",
         dtype=dtype,
         device=device,
         folder=folder,

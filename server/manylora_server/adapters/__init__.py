@@ -1,0 +1,1 @@
+"""Adapters as the running server manages them: catalogue, residency, receipts, intake."""
