@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from manylora_server.core.types import FinishReason, RequestOutput
 from manylora_server.engine import engine as engine_module
 from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.engine.engine import Engine
+from manylora_server.model.adapted import AdaptedLinear
 from manylora_server.model.batch import Chunk
+from manylora_server.model.modules import AdaptedModules
 from support.adapters import lora, save_adapter
 from support.models import save_model
-from support.serving import build, inner, request, run, tokens_of
+from support.serving import build, inner, publish_unchecked, request, run, tokens_of
 
 PROMPT = [10, 20, 30, 40, 50]
 
@@ -44,10 +46,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture
-def engine(folders: Folders, tmp_path: Path) -> AsyncEngine:
-    return build(
-        folders.base, tmp_path, adapters=folders.adapters, kv_block_tokens=4, max_batch_tokens=16
+def engine(folders: Folders, tmp_path: Path) -> Iterator[AsyncEngine]:
+    # Nobody who is asked would take it in, but a canary prompt cannot foresee every overflow.
+    publish_unchecked(tmp_path, folders.base, "huge", folders.adapters["huge"])
+    made = build(
+        folders.base,
+        tmp_path,
+        adapters={"good": folders.adapters["good"]},
+        kv_block_tokens=4,
+        max_batch_tokens=16,
     )
+    yield made
+    made.close()
 
 
 class Unreliable:
@@ -76,7 +86,8 @@ def assert_clean(core: Engine) -> None:
     core.check_integrity()
     assert not core.has_work
     assert core.scheduler.blocks.used == 0
-    assert not any(core._slots.references(digest) for digest in core._slots.resident)
+    slots = core.residency.slots
+    assert not any(slots.references(digest) for digest in slots.resident)
 
 
 def test_a_failed_step_ends_its_requests_and_those_after_it_go_on(engine: AsyncEngine) -> None:
@@ -177,15 +188,16 @@ def test_an_adapter_that_cannot_be_loaded(
 ) -> None:
     core = inner(engine)
     good, huge = engine.adapters.resolve("good"), engine.adapters.resolve("huge")
-    install = core._slots._modules.install
+    host = core.residency.host
+    load = host._load
     broken = True
 
-    def refuse(slot: int, adapter: Any) -> None:
-        if broken and adapter.record.digest == huge.digest:
+    def refuse(digest: str) -> Any:
+        if broken and digest == huge.digest:
             raise error("it is broken")
-        install(slot, adapter)
+        return load(digest)
 
-    monkeypatch.setattr(core._slots._modules, "install", refuse)
+    monkeypatch.setattr(host, "_load", refuse)
     outputs = run(
         core,
         {0: [request("bad", PROMPT, huge), request("fine", PROMPT, good), request("b", PROMPT)]},
@@ -194,25 +206,38 @@ def test_an_adapter_that_cannot_be_loaded(
     assert "could not be loaded" in (outputs["bad"][-1].error or "")
     assert reason(outputs["fine"]) is FinishReason.LENGTH
     assert reason(outputs["b"]) is FinishReason.LENGTH
-    assert not core._slots.is_resident(huge.digest)
+    assert huge.digest not in core.residency.on_device
     broken = False
     again = run(core, {0: [request("later", PROMPT, huge)]})["later"][-1]
     assert "not finite" in (again.error or ""), "it was not loaded once it could be"
     assert_clean(core)
 
 
-def test_a_patch_that_fails_half_way_leaves_no_trace(engine: AsyncEngine) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_an_adapter_that_cannot_be_copied_to_the_device(
+    engine: AsyncEngine, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     core = inner(engine)
-    good = engine.adapters.resolve("good")
-    modules = core._slots._modules
-    compiled = engine.adapters.loader(good.digest)()
-    names = list(compiled.patches)
-    # The last module gets the patch of one with another shape.
-    broken = replace(compiled, patches={**compiled.patches, names[-1]: compiled.patches[names[0]]})
-    with pytest.raises(RuntimeError):
-        modules.install(3, broken)
+    good, huge = engine.adapters.resolve("good"), engine.adapters.resolve("huge")
+    fill = AdaptedLinear.fill
+    calls = iter(range(1000))
+
+    def refuse(self: AdaptedLinear, slot: int, patch: Any) -> None:
+        if next(calls) == 3:
+            raise error("out of memory")
+        fill(self, slot, patch)
+
+    monkeypatch.setattr(AdaptedLinear, "fill", refuse)
+    outputs = run(core, {0: [request("bad", PROMPT, huge)], 2: [request("b", PROMPT)]})
+    assert "could not be loaded" in (outputs["bad"][-1].error or "")
+    assert reason(outputs["b"]) is FinishReason.LENGTH
+    modules = core.residency.slots._modules
+    assert isinstance(modules, AdaptedModules)
     assert modules.resident_bytes() == 0
     assert not any(module.slots for module in modules._wrapped.values())
+    outputs = run(core, {0: [request("fine", PROMPT, good)]})
+    assert reason(outputs["fine"]) is FinishReason.LENGTH
+    assert_clean(core)
 
 
 def test_fail_all_ends_everything(engine: AsyncEngine) -> None:

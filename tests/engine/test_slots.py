@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,53 +12,72 @@ from hypothesis import strategies as st
 from manylora_server.model.slots import AdapterSlots, SlotState
 
 
+class FakeAdapter:
+    """Two modules' worth of patches; ``"bad"`` fails at its second."""
+
+    def __init__(self, digest: str) -> None:
+        self.patches = {"first": digest, "second": digest}
+
+
 class FakeModules:
     """Keeps what is installed; refuses to install over something, or ``"bad"``."""
 
-    def __init__(self) -> None:
-        self.installed: dict[int, str] = {}
+    copy_stream = None
 
-    def install(self, slot: int, adapter: Any) -> None:
-        assert slot not in self.installed, "installed over another adapter"
-        if adapter == "bad":
+    def __init__(self) -> None:
+        self.installed: dict[int, list[str]] = {}
+        self._name = ""
+
+    def module(self, name: str) -> FakeModules:
+        self._name = name
+        return self
+
+    def reserve(self, slot: int, patch: Any) -> None:
+        if self._name == "first":
+            assert slot not in self.installed, "installed over another adapter"
+        self.installed.setdefault(slot, []).append(patch)
+
+    def fill(self, slot: int, patch: Any) -> None:
+        if patch == "bad" and self._name == "second":
             raise RuntimeError("cannot be copied")
-        self.installed[slot] = adapter
 
     def remove(self, slot: int) -> None:
         del self.installed[slot]
+
+    def settle(self) -> None:
+        raise AssertionError("there is no copy stream")
 
 
 class World:
     def __init__(self, count: int) -> None:
         self.modules = FakeModules()
         self.evictions = 0
-        self.loads: list[str] = []
         self.slots = AdapterSlots(self.modules, count, self._evicted)  # type: ignore[arg-type]
 
     def _evicted(self) -> None:
         self.evictions += 1
 
-    def acquire(self, digest: str) -> int | None:
-        def load() -> Any:
-            self.loads.append(digest)
-            if digest == "missing":
-                raise KeyError(digest)
-            return digest
-
-        slot = self.slots.acquire(digest, load)
+    def acquire(self, digest: str, kept: tuple[str, ...] = ()) -> int | None:
+        """Install the adapter at once where there is room; return its slot, referenced."""
+        slots = self.slots
+        if slots.state(digest) is SlotState.EMPTY:
+            if not slots.begin(digest, FakeAdapter(digest), kept):  # type: ignore[arg-type]
+                return None
+            assert slots.advance(digest, math.inf)
+        slot = slots.acquire(digest)
         self.check()
         return slot
 
     def check(self) -> None:
         self.slots.check_integrity()
-        assert sorted(self.modules.installed.values()) == sorted(self.slots.resident)
+        held = sorted(self.modules.installed.values())
+        assert held == sorted([digest, digest] for digest in self.slots.resident)
 
 
-def test_a_resident_adapter_is_loaded_once_and_counted() -> None:
+def test_a_resident_adapter_is_counted() -> None:
     world = World(2)
     first, second = world.acquire("a"), world.acquire("a")
     assert first == second is not None
-    assert world.loads == ["a"]
     assert world.slots.references("a") == 2
     world.slots.release(first)
     assert world.slots.references("a") == 1
@@ -86,27 +106,61 @@ def test_an_adapter_in_use_is_neither_evicted_nor_overwritten() -> None:
     idle = world.acquire("b")
     assert idle is not None
     assert world.acquire("c") is None
-    assert not world.slots.has_room()
     assert not world.slots.evict("a")
     world.slots.release(idle)
-    assert world.slots.has_room()
     assert world.acquire("c") == idle
-    assert world.modules.installed[used] == "a"  # type: ignore[index]
+    assert world.modules.installed[used] == ["a", "a"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("bad", ["bad", "missing"])
+def test_what_is_kept_is_not_given_away() -> None:
+    world = World(2)
+    for digest in ("a", "b"):
+        slot = world.acquire(digest)
+        assert slot is not None
+        world.slots.release(slot)
+    assert world.acquire("c", kept=("a", "b")) is None
+    assert world.acquire("c", kept=("a",)) == 1
+    assert world.slots.resident == ("a", "c")
+
+
+def test_an_adapter_comes_module_by_module_and_cannot_be_used_before_the_last() -> None:
+    world = World(1)
+    assert world.slots.begin("a", FakeAdapter("a"))  # type: ignore[arg-type]
+    assert world.slots.state("a") is SlotState.LOADING
+    assert not world.slots.advance("a")
+    assert world.modules.installed == {0: ["a"]}
+    assert (world.slots.resident, world.slots.loading) == ((), ("a",))
+    with pytest.raises(AssertionError, match="not on the device"):
+        world.slots.acquire("a")
+    assert not world.slots.begin("b", FakeAdapter("b"))  # type: ignore[arg-type]
+    world.slots.check_integrity()
+    assert not world.slots.advance("a")
+    assert world.slots.advance("a")
+    assert (world.slots.resident, world.slots.loading) == (("a",), ())
+    world.check()
+
+
+def test_an_adapter_on_its_way_can_be_taken_back() -> None:
+    world = World(1)
+    world.slots.begin("a", FakeAdapter("a"))  # type: ignore[arg-type]
+    world.slots.advance("a")
+    assert world.slots.evict("a")
+    world.check()
+    assert world.acquire("b") == 0
+
+
 @pytest.mark.parametrize("full", [False, True])
-def test_a_failed_load_leaves_an_empty_slot(bad: str, full: bool) -> None:
+def test_a_failed_copy_leaves_an_empty_slot(full: bool) -> None:
     world = World(1)
     if full:
         slot = world.acquire("a")
         assert slot is not None
         world.slots.release(slot)
-    with pytest.raises((RuntimeError, KeyError)):
-        world.acquire(bad)
+    with pytest.raises(RuntimeError, match="cannot be copied"):
+        world.acquire("bad")
     world.check()
-    assert not world.slots.is_resident(bad)
-    assert world.slots.references(bad) == 0
+    assert world.slots.state("bad") is SlotState.EMPTY
+    assert world.slots.references("bad") == 0
     assert world.acquire("b") == 0
 
 
@@ -156,11 +210,11 @@ def test_any_history(count: int, history: list[tuple[str, str]]) -> None:
             if slot is not None:
                 held.setdefault(digest, []).append(slot)
         elif action == "evict":
-            was = world.slots.is_resident(digest)
+            was = digest in world.slots.resident
             assert world.slots.evict(digest) == (was and not held.get(digest))
         elif held.get(digest):
             world.slots.release(held[digest].pop())
         world.check()
         for user, slots in held.items():
             assert world.slots.references(user) == len(slots)
-            assert all(world.modules.installed[slot] == user for slot in slots)
+            assert all(world.modules.installed[slot] == [user, user] for slot in slots)

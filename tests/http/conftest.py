@@ -15,7 +15,11 @@ from fastapi import FastAPI
 from manylora_server.api.app import create_app
 from manylora_server.api.metrics import PrometheusMetrics
 from manylora_server.core.config import HttpConfig
+from support.fake_adapters import FakeAdapterService
 from support.fake_engine import FakeEngine
+
+# Admin calls look at the host that a client means to call.
+BASE_URL = "http://127.0.0.1"
 
 
 @dataclass
@@ -26,10 +30,16 @@ class Api:
     app: FastAPI
     headers: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def service(self) -> FakeAdapterService:
+        return self.engine.adapter_service
+
     def call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://127.0.0.1"
+            ) as client:
                 return await client.request(method, path, **arguments)
 
         return asyncio.run(send())
@@ -54,7 +64,8 @@ class Api:
 def make_api() -> Callable[..., Api]:
     def make(engine: FakeEngine | None = None, **http: Any) -> Api:
         engine = engine or FakeEngine()
-        return Api(engine, create_app(engine, HttpConfig(**http), PrometheusMetrics()))
+        service = engine.adapter_service
+        return Api(engine, create_app(engine, HttpConfig(**http), PrometheusMetrics(), service))
 
     return make
 

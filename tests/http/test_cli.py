@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from manylora_server.cli import serve as serve_module
 from manylora_server.cli.main import app
-from manylora_server.core.config import HttpConfig, ServerConfig
+from manylora_server.core.config import HttpConfig, ServerConfig, StoreConfig
 from manylora_server.core.errors import StartupError
 from manylora_server.version import __version__
 
@@ -137,6 +137,8 @@ def test_everything_said_reaches_the_configuration(run, configs, tmp_path):
         *["--device", "cpu", "--max-model-len", "128", "--max-batch-tokens", "64"],
         *["--max-sequences", "8", "--kv-cache-memory", "1.5MiB", "--adapter-slots", "3"],
         *["--adapter-host-memory", "2G", "--api-key-file", str(keys)],
+        *["--registry-url", "postgresql://db/adapters", "--blobs-url", "memory://blobs"],
+        *["--max-adapter-size", "5GiB"],
         *["--admin-key-file", str(admin), "--log-format", "json"],
     )
     assert result.exit_code == 1
@@ -144,6 +146,7 @@ def test_everything_said_reaches_the_configuration(run, configs, tmp_path):
     [config] = configs
     assert config.adapters == (("a", "/x=y"), ("b", "file:/z"))
     assert config.home == tmp_path / "home"
+    assert config.store == StoreConfig("postgresql://db/adapters", "memory://blobs", 5 * 1024**3)
     assert config.http == HttpConfig("localhost", 0, ("first", "second"), ("boss",))
     assert (config.model.model, config.model.served_name) == (str(tmp_path), "mine")
     assert (config.model.quantization, config.model.dtype, config.model.device) == (
@@ -226,7 +229,7 @@ def test_the_demo_keeps_its_files_in_the_home_it_is_told(run, monkeypatch, tmp_p
     monkeypatch.setattr("manylora_server.cli.demo.running_engine", start)
     assert run("demo", "--once", MANYLORA_HOME=str(tmp_path / "home")).exit_code == 1
     [config] = seen
-    assert config.home == tmp_path / "home"
+    assert config.home == tmp_path / "home" / "demo"
     assert config.adapters == (("one", str(tmp_path)),)
 
 

@@ -45,7 +45,7 @@ class Server:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        self.url = self._wait_for(r"manylora: serving org/base with 0 adapters on (\S+)")
+        self.url = self._wait_for(r"manylora: serving org/base with 2 adapters on (\S+)")
 
     def _read(self) -> None:
         self.lines.extend(self.process.stderr)

@@ -22,7 +22,7 @@ KEY = "sk-test"
 
 @contextmanager
 def served(engine: FakeEngine, **http: object) -> Iterator[str]:
-    app = create_app(engine, HttpConfig(**http), PrometheusMetrics())
+    app = create_app(engine, HttpConfig(**http), PrometheusMetrics(), engine.adapter_service)
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False)
     )

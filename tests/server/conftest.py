@@ -83,6 +83,8 @@ def start(world: World, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
         def starter(*arguments: str, command: str | None = None, **options: Any) -> Run:
             folder = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
+            # A store of the test's own: what it registers is nobody else's.
+            options.setdefault("home", tmp_path / "home")
             if command is None:
                 run = world.serve(folder, *arguments, **options)
             else:

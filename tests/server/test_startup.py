@@ -123,7 +123,7 @@ class TestAdapter:
 
     def test_that_is_nowhere(self, start, world: World, tmp_path):
         told = failed(self.serve(start, world, tmp_path / "nowhere"))
-        assert "no such folder" in told
+        assert "is no folder of this machine" in told
 
     def test_of_an_impossible_name(self, start, world: World):
         path = world.adapters["plain"]

@@ -32,6 +32,7 @@ from manylora_server.core.types import (
 )
 from manylora_server.model.tokenizer import Tokenizer
 from manylora_store.records import AdapterRecord
+from support.fake_adapters import FakeAdapterService
 
 REPLY = "Grüße, world."
 BASE = "org/base"
@@ -82,8 +83,9 @@ class FakeCatalog:
     def get(self, name: str) -> AdapterRecord | None:
         return self._records.get(name)
 
-    def records(self) -> list[AdapterRecord]:
-        return [self._records[name] for name in sorted(self._records)]
+    def served(self) -> list[tuple[str, str, float]]:
+        records = (self._records[name] for name in sorted(self._records))
+        return [(record.name, record.digest, record.created_at) for record in records]
 
 
 @dataclass
@@ -113,6 +115,7 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.tokenizer = byte_tokenizer()
         self.adapters = FakeCatalog(self.names)
+        self.adapter_service = FakeAdapterService()
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.aborted: set[str] = set()

@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 from manylora_server.core.errors import AdapterLoadError
-from manylora_server.core.types import AdapterChoice, Request, SamplingParams
+from manylora_server.core.types import AdapterChoice, Readiness, Request, SamplingParams
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.scheduler import Scheduled, Scheduler
 from manylora_server.engine.sequence import Sequence, SequenceStatus
 
 
 class FakeSlots:
-    """Least recently used slots; digests in ``broken`` cannot be loaded."""
+    """Least recently used slots; digests in ``broken`` cannot be loaded.
 
-    def __init__(self, count: int) -> None:
+    An adapter that nobody asked for before takes ``load_steps`` steps from disk to host memory.
+    """
+
+    def __init__(self, count: int, load_steps: int = 0) -> None:
         self.holders: list[str | None] = [None] * count
         self.held: dict[str, int] = {}
+        self.expected: dict[str, int] = {}
         self.recent: list[str] = []
         self.broken: set[str] = set()
+        self.pinned: set[str] = set()
+        self.promised: set[str] = set()
+        self.load_steps = load_steps
+        self.arriving: dict[str, int] = {}
         self.loads = 0
 
-    def acquire(self, sequence: Sequence) -> int | None:
-        digest = sequence.digest
-        assert digest is not None
+    def begin_step(self) -> None:
+        self.promised.clear()
+        self.arriving = {digest: max(0, left - 1) for digest, left in self.arriving.items()}
+
+    def expect(self, digest: str) -> None:
+        self.expected[digest] = self.expected.get(digest, 0) + 1
+        self.arriving.setdefault(digest, self.load_steps)
+
+    def forget(self, digest: str) -> None:
+        self.expected[digest] -= 1
+        assert self.expected[digest] >= 0
+
+    def prepare(self, digest: str) -> Readiness:
+        assert self.expected[digest], "prepared for nobody"
         if digest not in self.holders:
-            free = [i for i, d in enumerate(self.holders) if d is None or not self.held.get(d)]
+            if self.arriving[digest]:
+                return Readiness.LOADING
+            free = [i for i, d in enumerate(self.holders) if d is None or self._idle(d)]
             if not free:
-                return None
+                return Readiness.NO_ROOM
             if digest in self.broken:
                 raise AdapterLoadError("it is broken")
             order = [self.recent.index(d) if (d := self.holders[i]) else -1 for i in free]
             self.holders[free[order.index(min(order))]] = digest
+            self.recent = [d for d in self.recent if d != digest] + [digest]
             self.loads += 1
+        self.promised.add(digest)
+        return Readiness.READY
+
+    def acquire(self, digest: str) -> int:
         self.held[digest] = self.held.get(digest, 0) + 1
         self.recent = [d for d in self.recent if d != digest] + [digest]
         return self.holders.index(digest)
@@ -44,8 +70,11 @@ class FakeSlots:
     def references(self, digest: str) -> int:
         return self.held.get(digest, 0) if digest in self.holders else 0
 
-    def is_resident(self, digest: str) -> bool:
-        return digest in self.holders
+    def kept(self, digest: str) -> bool:
+        return digest in self.promised or digest in self.pinned
+
+    def _idle(self, digest: str) -> bool:
+        return not self.held.get(digest) and not self.kept(digest)
 
 
 class World:
@@ -60,8 +89,9 @@ class World:
         budget: int = 16,
         most: int = 8,
         prefix_cache: bool = True,
+        load_steps: int = 0,
     ) -> None:
-        self.slots = FakeSlots(slots)
+        self.slots = FakeSlots(slots, load_steps)
         self.budget, self.most = budget, most
         self.scheduler = Scheduler(
             KVBlocks(blocks, block_tokens, prefix_cache=prefix_cache), self.slots, budget, most

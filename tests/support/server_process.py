@@ -153,9 +153,9 @@ def wait_until_idle(url: str) -> None:
 
 
 @contextmanager
-def served(engine: Any) -> Iterator[str]:
+def served(engine: Any, **http: Any) -> Iterator[str]:
     """Serve an engine of this process, for settings that the command line does not have."""
-    app = create_app(engine, HttpConfig(), PrometheusMetrics())
+    app = create_app(engine, HttpConfig(**http), PrometheusMetrics(), engine.adapter_service)
     config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

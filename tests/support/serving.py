@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.engine.build import build_engine
 from manylora_server.engine.engine import Engine
 from manylora_server.model.batch import Chunk
+from manylora_server.model.fingerprint import base_fingerprint
+from manylora_store.checkpoint.folder import open_folder
+from manylora_store.records import AdapterRecord
+from manylora_store.store import AdapterStore
 
 
 class Recorder:
@@ -64,6 +69,29 @@ def build(
     return build_engine(config, NullObserver())
 
 
+def publish_unchecked(home: Path, base: Path, name: str, folder: Path) -> None:
+    """Register an adapter for a base as if a server had checked and measured it."""
+    store = AdapterStore(home)
+    files = open_folder(folder, name, "test")
+    record = AdapterRecord(
+        name=name,
+        digest=files.digest,
+        peft_type="LORA",
+        rank=1,
+        ranks={},
+        target_modules=(),
+        parameters=1,
+        bytes=files.weights.size,
+        base_model=None,
+        created_at=time.time(),
+        source="test",
+        base_fingerprint=base_fingerprint(base),
+        receipt={},
+    )
+    store.publish(name, files, record)
+    store.close()
+
+
 def inner(engine: AsyncEngine) -> Engine:
     """Return the synchronous engine inside."""
     return engine._engine
@@ -95,6 +123,8 @@ def run(
         for output in engine.step():
             outputs.setdefault(output.request_id, []).append(output)
         engine.check_integrity()
+        if engine.stalled:
+            engine.residency.host.wait(60)
         each_step(step)
         step += 1
         assert step < 5000, "the engine does not finish"

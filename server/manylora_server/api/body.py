@@ -20,13 +20,34 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     Raises ``PayloadTooLargeError`` once more bytes than the limit have come (or are announced),
     and ``InvalidRequestError`` for another content type, malformed JSON or a field at fault.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    _require_json(request)
+    return _parse(await _read(request), model)
+
+
+async def read_optional_json(request: Request, model: type[ModelT]) -> ModelT:
+    """Return the request's body as ``read_json`` does; no body at all counts as ``{}``."""
+    data = await _read(request)
+    if not data:
+        return validate(model, {})
+    _require_json(request)
+    return _parse(data, model)
+
+
+def media_type(request: Request) -> str:
+    """Return the content type without its parameters; empty where none came."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _require_json(request: Request) -> None:
+    if media_type(request) != "application/json":
         raise InvalidRequestError(
-            f"content-type: {media_type or 'none'} came; send the body as application/json.",
+            f"content-type: {media_type(request) or 'none'} came; send the body as "
+            "application/json.",
             param=None,
         )
-    data = await _read(request, services_of(request).http.max_body_bytes)
+
+
+def _parse(data: bytes, model: type[ModelT]) -> ModelT:
     try:
         content = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -34,7 +55,8 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     return validate(model, content)
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request) -> bytes:
+    limit = services_of(request).http.max_body_bytes
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit)

@@ -22,8 +22,8 @@ async def list_models(request: Request) -> Json:
     """List every id that ``model`` may be."""
     engine = services_of(request).engine
     adapters = [
-        _adapter(engine, _adapter_id(engine, record.name), record.digest, record.created_at)
-        for record in engine.adapters.records()
+        _adapter(engine, _adapter_id(engine, name), digest, created_at)
+        for name, digest, created_at in engine.adapters.served()
     ]
     return {"object": "list", "data": [_base(engine), *adapters]}
 

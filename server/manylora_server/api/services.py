@@ -11,6 +11,7 @@ from manylora_server.api.metrics import PrometheusMetrics
 from manylora_server.core.config import HttpConfig
 
 if TYPE_CHECKING:
+    from manylora_server.adapters.service import AdapterService
     from manylora_server.engine.async_engine import AsyncEngine
 
 
@@ -21,6 +22,7 @@ class Services:
     engine: AsyncEngine
     http: HttpConfig
     metrics: PrometheusMetrics
+    adapter_service: AdapterService
 
 
 def services_of(request: Request) -> Services:

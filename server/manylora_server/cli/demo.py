@@ -17,7 +17,13 @@ from manylora_server.cli import options
 from manylora_server.cli.http_server import address_of, bind
 from manylora_server.cli.logs import configure_logging, startup_errors_reported
 from manylora_server.cli.serve import running_engine, serve_engine, warn_if_open
-from manylora_server.core.config import EngineConfig, HttpConfig, ModelConfig, ServerConfig
+from manylora_server.core.config import (
+    EngineConfig,
+    HttpConfig,
+    ModelConfig,
+    ServerConfig,
+    default_home,
+)
 from manylora_server.core.errors import StartupError
 from manylora_server.core.observer import StepStats
 from manylora_server.core.types import Request, SamplingParams
@@ -98,7 +104,8 @@ def _config(http: HttpConfig, home: Path | None) -> ServerConfig:
         engine=EngineConfig(adapter_slots=max(16, len(adapters))),
         http=http,
         adapters=tuple((name, str(path)) for name, path in adapters.items()),
-        **({} if home is None else {"home": home}),
+        # Its adapters must not turn up among the operator's own.
+        home=(home or default_home()) / "demo",
     )
 
 
@@ -113,7 +120,7 @@ def _show(engine: AsyncEngine, metrics: MixMetrics) -> None:
 
 async def _complete_all(engine: AsyncEngine, prompt: str) -> list[Completion]:
     """Complete ``prompt`` by the base and by every adapter at once, greedily."""
-    names = [None, *(record.name for record in engine.adapters.records())]
+    names = [None, *(name for name, _, _ in engine.adapters.served())]
     return await asyncio.gather(*(_complete(engine, prompt, name) for name in names))
 
 
@@ -142,7 +149,7 @@ def _curl(engine: AsyncEngine, address: str) -> str:
 
     body = {
         "model": engine.model_name,
-        "adapter": engine.adapters.records()[0].name,
+        "adapter": engine.adapters.served()[0][0],
         "prompt": DEMO_PROMPT,
         "max_tokens": DEMO_TOKENS,
     }

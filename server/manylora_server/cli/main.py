@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from manylora_server.cli import adapters
 from manylora_server.cli.demo import demo
 from manylora_server.cli.serve import serve
 from manylora_server.version import __version__
@@ -39,6 +40,7 @@ def _root(
 
 app.command()(serve)
 app.command()(demo)
+app.add_typer(adapters.app, name="adapters")
 
 
 def main() -> None:

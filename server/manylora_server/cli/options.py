@@ -122,7 +122,31 @@ AdapterHostMemory = Annotated[
         envvar="MANYLORA_ADAPTER_HOST_MEMORY",
         parser=size_option,
         metavar="SIZE",
-        help="Host memory for adapters that are not on the device. (default: no limit)",
+        help="Host memory for compiled adapters. (default: a tenth of what is free)",
+    ),
+]
+MaxAdapterSize = Annotated[
+    int | None,
+    typer.Option(
+        envvar="MANYLORA_MAX_ADAPTER_SIZE",
+        parser=size_option,
+        metavar="SIZE",
+        help="Most bytes of one adapter's files. (default: 4GiB)",
+    ),
+]
+RegistryUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MANYLORA_REGISTRY_URL",
+        help="Database of registered adapters, such as postgresql://host/name. "
+        "(default: SQLite in --home)",
+    ),
+]
+BlobsUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MANYLORA_BLOBS_URL",
+        help="Where adapters' files are kept, as fsspec names it. (default: in --home)",
     ),
 ]
 ApiKeyFile = Annotated[

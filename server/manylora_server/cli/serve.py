@@ -17,7 +17,14 @@ from manylora_server.cli import options
 from manylora_server.cli.http_server import address_of, bind, run_server
 from manylora_server.cli.keys import read_keys
 from manylora_server.cli.logs import announce, configure_logging, startup_errors_reported
-from manylora_server.core.config import EngineConfig, HttpConfig, ModelConfig, ServerConfig
+from manylora_server.core.config import (
+    EngineConfig,
+    HttpConfig,
+    ModelConfig,
+    ServerConfig,
+    StoreConfig,
+    default_home,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = EngineConfig()
+_STORE = StoreConfig()
 
 
 def serve(
@@ -45,6 +53,9 @@ def serve(
     kv_cache_memory: options.KvCacheMemory = None,
     adapter_slots: options.AdapterSlots = _DEFAULTS.adapter_slots,
     adapter_host_memory: options.AdapterHostMemory = None,
+    max_adapter_size: options.MaxAdapterSize = None,
+    registry_url: options.RegistryUrl = None,
+    blobs_url: options.BlobsUrl = None,
     api_key_file: options.ApiKeyFile = None,
     admin_key_file: options.AdminKeyFile = None,
     log_format: options.LogFormatOption = "text",
@@ -76,8 +87,13 @@ def serve(
                 adapter_host_bytes=adapter_host_memory,
             ),
             http=http,
+            store=StoreConfig(
+                registry_url=registry_url,
+                blobs_url=blobs_url,
+                max_adapter_bytes=max_adapter_size or _STORE.max_adapter_bytes,
+            ),
             adapters=adapters,
-            **({} if home is None else {"home": home}),
+            home=home or default_home(),
         )
         metrics = PrometheusMetrics()
         with bind(http) as listener:
@@ -134,11 +150,11 @@ def serve_engine(
     address = address_of(listener)
 
     def on_ready() -> None:
-        count = len(config.adapters)
+        count = len(engine.adapters.served())
         plural = "adapter" if count == 1 else "adapters"
         announce(f"serving {engine.model_name} with {count} {plural} on {address}", log_format)
 
-    app = create_app(engine, config.http, metrics)
+    app = create_app(engine, config.http, metrics, engine.adapter_service)
     if not run_server(app, engine, config.http, listener, on_ready):
         announce("stopped at once; running requests were cut off", log_format)
         raise typer.Exit(1)

@@ -37,6 +37,11 @@ def parse_size(text: str, option: str) -> int:
     return size
 
 
+def default_home() -> Path:
+    """Return where this user's manylora keeps its files."""
+    return user_data_path("manylora", appauthor=False)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which base to load and how to hold it."""
@@ -57,7 +62,7 @@ class EngineConfig:
     ``max_sequences`` the running sequences, ``max_queue`` the requests that wait;
     ``kv_cache_bytes`` the memory of the paged KV cache (``None``: a share of what is free);
     ``adapter_slots`` the adapters resident on the device at once, ``adapter_host_bytes`` the host
-    memory for adapters that are not (``None``: unbounded).
+    memory for compiled adapters (``None``: a share of what is free).
     """
 
     max_model_len: int | None = None
@@ -91,6 +96,19 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Where adapters are kept: a database by SQLAlchemy URL, files by fsspec URL.
+
+    ``None`` is SQLite and local files in the server's home. ``max_adapter_bytes`` bounds one
+    adapter's files.
+    """
+
+    registry_url: str | None = None
+    blobs_url: str | None = None
+    max_adapter_bytes: int = 4 * 1024**3
+
+
+@dataclass(frozen=True, slots=True)
 class HttpConfig:
     """Where and how to listen. Keys are the files' lines; empty means no key is asked for."""
 
@@ -109,5 +127,6 @@ class ServerConfig:
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
-    home: Path = field(default_factory=lambda: user_data_path("manylora", appauthor=False))
+    store: StoreConfig = field(default_factory=StoreConfig)
+    home: Path = field(default_factory=default_home)
     adapters: tuple[tuple[str, str], ...] = ()

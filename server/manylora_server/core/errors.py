@@ -12,6 +12,8 @@ Messages name the field, what came and what would be right (DESIGN section 6.2).
     ├── ForbiddenError             403 forbidden
     ├── AdapterNotFoundError       404 adapter_not_found
     ├── ModelNotFoundError         404 model_not_found
+    ├── AdapterInUseError          409 adapter_in_use
+    ├── AdapterConflictError       409 adapter_conflict
     ├── PayloadTooLargeError       413 payload_too_large
     ├── AdapterRefusedError        422 adapter_invalid | adapter_incompatible | adapter_unsupported
     ├── NotReadyError              503 not_ready
@@ -19,6 +21,7 @@ Messages name the field, what came and what would be right (DESIGN section 6.2).
     ├── RequestTimeoutError        504 timeout
     ├── EngineFailureError         500 internal
     ├── AdapterLoadError           500 internal
+    ├── StorageError               500 internal
     └── StartupError               never sent: the process ends with its message
 """
 
@@ -89,6 +92,22 @@ class ModelNotFoundError(ManyloraError):
     error_type = "invalid_request_error"
 
 
+class AdapterInUseError(ManyloraError):
+    """Running requests use the adapter, so it can be neither removed nor unloaded now."""
+
+    status = 409
+    code = "adapter_in_use"
+    error_type = "invalid_request_error"
+
+
+class AdapterConflictError(ManyloraError):
+    """Another call is changing, or has changed, what this one is about."""
+
+    status = 409
+    code = "adapter_conflict"
+    error_type = "invalid_request_error"
+
+
 class PayloadTooLargeError(ManyloraError):
     """The request's body is over the limit."""
 
@@ -138,6 +157,10 @@ class EngineFailureError(ManyloraError):
 
 class AdapterLoadError(ManyloraError):
     """An adapter that was accepted could not be brought to the device."""
+
+
+class StorageError(ManyloraError):
+    """The registry or the blobs cannot be read or written: a full disk, a database that is gone."""
 
 
 class StartupError(ManyloraError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 
 class FinishReason(StrEnum):
@@ -16,6 +16,15 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     TIMEOUT = "timeout"
     ERROR = "error"
+
+
+class Readiness(Enum):
+    """Whether an adapter's rows can be computed now: it is on the device, on its way to it, or
+    waits in host memory for a slot."""
+
+    READY = "ready"
+    LOADING = "loading"
+    NO_ROOM = "no room"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +74,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class AdapterChoice:
-    """The adapter revision a request resolved to; fixed for the request's whole life."""
+    """The adapter revision a request resolved to; fixed for the request's whole life.
+
+    ``epoch`` is the catalogue's: how many names had been removed when this was resolved.
+    """
 
     name: str
     digest: str
+    epoch: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,22 +7,31 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
+from manylora_server.adapters.catalog import AdapterCatalog
+from manylora_server.adapters.intake import Intake
+from manylora_server.adapters.service import AdapterService
 from manylora_server.core.errors import (
     ContextLengthError,
     InvalidRequestError,
     NotReadyError,
     OverloadedError,
 )
-from manylora_server.core.types import FinishReason, Request, RequestOutput
-from manylora_server.engine.catalog import AdapterCatalog
+from manylora_server.core.types import AdapterChoice, FinishReason, Request, RequestOutput
 from manylora_server.engine.engine import Engine
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+# A step with nothing to compute is tried again after this; what it waits for wakes it earlier.
+_STALLED_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,7 @@ class EngineLimits:
 class _Stream:
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[RequestOutput]
+    adapter: AdapterChoice | None
 
 
 class AsyncEngine:
@@ -52,6 +62,7 @@ class AsyncEngine:
         self,
         engine: Engine,
         adapters: AdapterCatalog,
+        intake: Intake,
         tokenizer: Tokenizer,
         model_name: str,
         limits: EngineLimits,
@@ -63,13 +74,20 @@ class AsyncEngine:
         self.created = int(time.time())
         self.limits = limits
         self._engine = engine
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | str | Callable[[], None] | None] = (
+            queue.SimpleQueue()
+        )
         self._streams: dict[str, _Stream] = {}
         self._lock = threading.Lock()
         self._accepting = False
         self._stopped = False
         self._started = False
         self._thread = thread or EngineThread()
+        residency = engine.residency
+        residency.host.on_loaded = self.wake
+        self.adapter_service = AdapterService(
+            adapters, intake, residency, residency.host, self, lambda: engine.state
+        )
 
     @property
     def max_model_len(self) -> int:
@@ -138,13 +156,15 @@ class AsyncEngine:
         aborts the request.
         """
         self.validate(request)
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), request.adapter)
         request_id = request.request_id
         with self._lock:
             # Under the lock, so that the thread's last look at its inbox sees every request.
             if self._stopped:
                 raise NotReadyError("the server is shutting down.")
             assert request_id not in self._streams, "request ids must be unique"
+            if request.adapter is not None:
+                self.adapters.lease(request.adapter)
             self._streams[request_id] = stream
             self._inbox.put(request)
         finished = False
@@ -156,6 +176,33 @@ class AsyncEngine:
         finally:
             if not finished:
                 self._inbox.put(request_id)
+
+    def run(self, task: Callable[[], ResultT]) -> Future[ResultT]:
+        """Run ``task`` in the engine's thread, before its next step; return its result to come.
+
+        Once the thread has ended, the result is a ``NotReadyError``.
+        """
+        future: Future[ResultT] = Future()
+
+        def work() -> None:
+            if self._stopped:
+                future.set_exception(NotReadyError("the server is shutting down."))
+            elif future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(task())
+                except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+                    future.set_exception(error)
+
+        with self._lock:
+            if not self._stopped:
+                self._inbox.put(work)
+                return future
+        work()
+        return future
+
+    def wake(self) -> None:
+        """Let the thread look again at what it waits for."""
+        self._inbox.put(_nothing)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, let the accepted ones finish for ``timeout_s``, abort the rest."""
@@ -179,6 +226,9 @@ class AsyncEngine:
             self._thread.finish_with(lambda: None)
         self._inbox.put(None)
         self._thread.join()
+        self._engine.residency.host.close()
+        self.adapter_service.close()
+        self.adapters.store.close()
 
     def _run(self) -> None:
         outputs: list[RequestOutput] = []
@@ -203,10 +253,13 @@ class AsyncEngine:
         """End every request with an error, in whatever state the engine is."""
         try:
             while not self._inbox.empty():
-                request = self._inbox.get()
-                if isinstance(request, Request):
-                    self._add(request)
+                sent = self._inbox.get()
+                if isinstance(sent, Request):
+                    self._add(sent)
+                elif callable(sent):
+                    sent()
             self._deliver(self._engine.fail_all(message))
+            self._engine.residency.refuse_asked(NotReadyError(f"{message}."))
             self._engine.report_state()
         except Exception:
             logger.exception("the engine could not end its requests")
@@ -215,23 +268,36 @@ class AsyncEngine:
         self._deliver([_failure(request_id, message) for request_id in rest])
 
     def _receive(self) -> bool:
-        """Take in what was sent, waiting for it where there is no work; false to stop."""
-        block = not self._engine.has_work
+        """Take in what was sent, waiting for it where there is no work; false to stop.
+
+        Of the tasks to run in between, one at most comes before a step that has work to do.
+        """
+        patience = self._patience()
         while True:
             try:
-                message = self._inbox.get(block=block)
+                message = self._inbox.get(timeout=patience)
             except queue.Empty:
                 return True
             if message is None:
                 return False
             if isinstance(message, Request):
                 self._add(message)
-            else:
+            elif isinstance(message, str):
                 output = self._engine.abort(message)
                 if output is not None:
                     self._deliver([output])
                 self._engine.report_state()
-            block = not self._engine.has_work
+            else:
+                message()
+                if self._engine.has_work:
+                    return True
+            patience = 0.0 if self._engine.has_work else None
+
+    def _patience(self) -> float | None:
+        """Return how long a step may wait for a message: for ever if there is nothing to do."""
+        if not self._engine.has_work:
+            return None
+        return _STALLED_S if self._engine.stalled else 0.0
 
     def _add(self, request: Request) -> None:
         try:
@@ -243,6 +309,7 @@ class AsyncEngine:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Send each output to its stream, with one wake-up per event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
+        ended: list[AdapterChoice] = []
         with self._lock:
             for output in outputs:
                 stream = self._streams.get(output.request_id)
@@ -250,7 +317,11 @@ class AsyncEngine:
                     continue
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
+                    if stream.adapter is not None:
+                        ended.append(stream.adapter)
                 by_loop.setdefault(stream.loop, []).append((stream, output))
+        for choice in ended:
+            self.adapters.release(choice)
         for loop, items in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, items)
@@ -268,6 +339,10 @@ def _failure(request_id: str, message: str) -> RequestOutput:
         finish_reason=FinishReason.ERROR,
         error=message,
     )
+
+
+def _nothing() -> None:
+    """Ask for nothing: the message itself wakes the thread."""
 
 
 def _put_all(items: list[tuple[_Stream, RequestOutput]]) -> None:

@@ -9,26 +9,34 @@ import psutil
 import torch
 
 from manylora_kernels import available_backends, select_backend
+from manylora_server.adapters.catalog import AdapterCatalog
+from manylora_server.adapters.host_tier import HostTier
+from manylora_server.adapters.intake import Intake
+from manylora_server.adapters.receipt import ReceiptMeter
+from manylora_server.adapters.residency import Residency
 from manylora_server.core.config import EngineConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
 from manylora_server.core.observer import EngineObserver
 from manylora_server.engine.async_engine import AsyncEngine, EngineLimits
-from manylora_server.engine.catalog import AdapterCatalog
 from manylora_server.engine.engine import Engine
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
+from manylora_server.model.base_view import BaseView
 from manylora_server.model.loader import LoadedModel, load_model
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.runner import ModelRunner
 from manylora_server.model.self_test import SelfTestResult, run_self_test
 from manylora_server.model.slots import AdapterSlots
 from manylora_server.model.tokenizer import Tokenizer
+from manylora_store.errors import StoreError
+from manylora_store.store import AdapterStore
 
 logger = logging.getLogger(__name__)
 
 # Of the memory that is free once the base is loaded.
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
+_HOST_SHARE = 0.1
 
 
 def build_engine(config: ServerConfig, observer: EngineObserver) -> AsyncEngine:
@@ -52,34 +60,57 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
     select_compiled_backends()
     tested = run_self_test(loaded.model, loaded.vocab_size, loaded.dtype, loaded.device)
     logger.info("self-test passed: largest relative logit error %.1e", tested.error)
-    adapters = AdapterCatalog(loaded.layout)
-    for name, source in config.adapters:
-        try:
-            record = adapters.add_folder(name, source)
-        except StartupError:
-            raise
-        except ManyloraError as error:
-            raise StartupError(
-                f"--adapter {name}={source}: {error.message}", param="--adapter"
-            ) from error
-        for warning in record.warnings:
-            logger.warning("adapter %s: %s", name, warning)
-    return assemble(
-        loaded,
-        tested,
-        adapters,
-        Tokenizer.from_folder(loaded.folder),
-        model_config.served_name,
-        config.engine,
-        observer,
-        thread,
-    )
+    store = open_store(config)
+    try:
+        meter = ReceiptMeter(loaded, tested, BaseView(loaded.model))
+        intake = Intake(store, loaded.layout, meter, loaded.dtype, loaded.device)
+        for name, source in config.adapters:
+            register(intake, name, source)
+        return assemble(
+            loaded,
+            tested,
+            intake,
+            Tokenizer.from_folder(loaded.folder),
+            model_config.served_name,
+            config.engine,
+            observer,
+            thread,
+        )
+    except BaseException:
+        store.close()
+        raise
+
+
+def open_store(config: ServerConfig) -> AdapterStore:
+    """Open the registry and the blobs; ``StartupError`` says why they cannot be."""
+    settings = config.store
+    try:
+        return AdapterStore(
+            config.home,
+            registry_url=settings.registry_url,
+            blobs_url=settings.blobs_url,
+            max_adapter_bytes=settings.max_adapter_bytes,
+        )
+    except StoreError as error:
+        raise StartupError(f"--home {config.home}: {error.message}", param="--home") from error
+
+
+def register(intake: Intake, name: str, source: str) -> None:
+    """Register what ``--adapter`` names; ``StartupError`` says what is wrong with it."""
+    try:
+        record = intake.register(name, source)
+    except ManyloraError as error:
+        raise StartupError(
+            f"--adapter {name}={source}: {error.message}", param="--adapter"
+        ) from error
+    for warning in record.warnings:
+        logger.warning("adapter %s: %s", name, warning)
 
 
 def assemble(
     loaded: LoadedModel,
     tested: SelfTestResult,
-    adapters: AdapterCatalog,
+    intake: Intake,
     tokenizer: Tokenizer,
     name: str,
     config: EngineConfig,
@@ -101,17 +132,21 @@ def assemble(
         loaded.model, loaded.layout, tested.token_axes, loaded.dtype, loaded.device
     )
     slots = AdapterSlots(modules, config.adapter_slots, observer.on_adapter_eviction)
+    host_bytes = config.adapter_host_bytes
+    if host_bytes is None:
+        host_bytes = int(psutil.virtual_memory().available * _HOST_SHARE)
+    residency = Residency(slots, HostTier(intake.load, host_bytes, observer), observer)
+    catalog = AdapterCatalog(intake.store, intake.base_fingerprint)
+    residency.pin(catalog.pinned())
     engine = Engine(
         runner=ModelRunner(loaded.model, cache, loaded.dtype, loaded.device),
         blocks=blocks,
-        slots=slots,
-        load=adapters.loader,
+        residency=residency,
         decoder=tokenizer,
         eos_token_ids=loaded.eos_token_ids,
         max_model_len=max_model_len,
         config=config,
         observer=observer,
-        host_adapters=lambda: len(adapters),
     )
     limits = EngineLimits(
         max_model_len=max_model_len,
@@ -120,13 +155,16 @@ def assemble(
         max_unfinished=config.max_queue + config.max_sequences,
     )
     logger.info(
-        "KV cache: %d blocks of %d tokens; context %d tokens; %d adapter slots",
+        "KV cache: %d blocks of %d tokens; context %d tokens; %d adapters registered, %d slots, "
+        "%d MiB of host memory for them",
         blocks.capacity,
         config.kv_block_tokens,
         max_model_len,
+        len(catalog),
         config.adapter_slots,
+        host_bytes // 1024**2,
     )
-    return AsyncEngine(engine, adapters, tokenizer, name, limits, thread)
+    return AsyncEngine(engine, catalog, intake, tokenizer, name, limits, thread)
 
 
 def select_compiled_backends() -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from manylora_server.adapters.residency import Residency
 from manylora_server.core.config import EngineConfig
-from manylora_server.core.errors import AdapterLoadError
 from manylora_server.core.observer import (
     EngineObserver,
     EngineState,
@@ -27,8 +26,6 @@ from manylora_server.engine.scheduler import Scheduled, Scheduler
 from manylora_server.engine.sequence import Sequence
 from manylora_server.model.batch import Chunk
 from manylora_server.model.sampler import Sampled, SamplerState, sample
-from manylora_server.model.slots import AdapterSlots
-from manylora_store.compiler.canonical import CompiledAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -54,48 +51,6 @@ class _Live:
     last_token_time: float | None = None
 
 
-class _Slots:
-    """``AdapterSlots`` as the scheduler wants it."""
-
-    def __init__(
-        self,
-        slots: AdapterSlots,
-        loader: Callable[[str], Callable[[], CompiledAdapter]],
-        observer: EngineObserver,
-    ) -> None:
-        self._slots = slots
-        self._loader = loader
-        self._observer = observer
-
-    def acquire(self, sequence: Sequence) -> int | None:
-        digest = sequence.digest
-        assert digest is not None
-        if self._slots.is_resident(digest):
-            return self._slots.acquire(digest, self._loader(digest))
-        start = time.perf_counter()
-        try:
-            slot = self._slots.acquire(digest, self._loader(digest))
-        except Exception as error:
-            self._observer.on_adapter_load(
-                time.perf_counter() - start, tier="device", succeeded=False
-            )
-            raise AdapterLoadError(f"the adapter could not be loaded: {error}") from error
-        if slot is not None:
-            self._observer.on_adapter_load(
-                time.perf_counter() - start, tier="device", succeeded=True
-            )
-        return slot
-
-    def release(self, slot: int) -> None:
-        self._slots.release(slot)
-
-    def references(self, digest: str) -> int:
-        return self._slots.references(digest)
-
-    def is_resident(self, digest: str) -> bool:
-        return self._slots.is_resident(digest)
-
-
 class Engine:
     """Continuous batching over one model. Every added request ends in exactly one last output."""
 
@@ -103,34 +58,33 @@ class Engine:
         self,
         runner: Runner,
         blocks: KVBlocks,
-        slots: AdapterSlots,
-        load: Callable[[str], Callable[[], CompiledAdapter]],
+        residency: Residency,
         decoder: Decoder,
         eos_token_ids: SequenceOf[int],
         max_model_len: int,
         config: EngineConfig,
         observer: EngineObserver | None = None,
-        host_adapters: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._host_adapters = host_adapters
         self._runner = runner
         self._decoder = decoder
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
         self._observer = observer or NullObserver()
-        self._slots = slots
-        self.scheduler = Scheduler(
-            blocks,
-            _Slots(slots, load, self._observer),
-            config.max_batch_tokens,
-            config.max_sequences,
-        )
+        self.residency = residency
+        self.scheduler = Scheduler(blocks, residency, config.max_batch_tokens, config.max_sequences)
         self._live: dict[str, _Live] = {}
+        self._stalled = False
+        self.state = self._look()
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._live)
+        """Whether any request is unfinished, or an adapter on its way to the device."""
+        return bool(self._live) or self.residency.busy
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last step had nothing to compute: all there is waits for adapters."""
+        return self._stalled
 
     @property
     def unfinished(self) -> tuple[str, ...]:
@@ -175,7 +129,9 @@ class Engine:
         outputs = self._expire()
         plan = self.scheduler.schedule()
         outputs += self._failed_loads()
+        self._stalled = not plan
         if not plan:
+            self.residency.note_step(None)
             self.report_state()
             return outputs
         try:
@@ -188,10 +144,12 @@ class Engine:
             self.report_state()
             return outputs
         outputs += self._update(plan, choices)
+        seconds = time.perf_counter() - start
+        self.residency.note_step(seconds)
         preempted = self.scheduler.preemptions - preemptions
         self._observer.on_step(
             StepStats(
-                seconds=time.perf_counter() - start,
+                seconds=seconds,
                 batch_tokens=sum(scheduled.count for scheduled in plan),
                 distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
                 preemptions=preempted,
@@ -204,7 +162,9 @@ class Engine:
         """Assert that nothing is lost or leaked: requests, blocks, slots."""
         scheduler = self.scheduler
         scheduler.check_integrity()
-        self._slots.check_integrity()
+        self.residency.check_integrity(
+            [live.sequence.digest for live in self._live.values() if live.sequence.digest]
+        )
         known = {s.request.request_id for s in (*scheduler.waiting, *scheduler.running)}
         assert known == set(self._live), "the scheduler and the engine disagree on what is live"
 
@@ -333,17 +293,19 @@ class Engine:
 
     def report_state(self) -> None:
         """Tell the observer what is held now. ``step`` does; call it when steps stop."""
+        self.state = self._look()
+        self._observer.on_state(self.state)
+
+    def _look(self) -> EngineState:
         blocks = self.scheduler.blocks
-        self._observer.on_state(
-            EngineState(
-                running_sequences=len(self.scheduler.running),
-                queue_depth=len(self.scheduler.waiting),
-                kv_blocks_used=blocks.used,
-                kv_blocks_cached=blocks.cached,
-                kv_blocks_free=blocks.available - blocks.cached,
-                adapters_on_device=len(self._slots.resident),
-                adapters_on_host=self._host_adapters(),
-            )
+        return EngineState(
+            running_sequences=len(self.scheduler.running),
+            queue_depth=len(self.scheduler.waiting),
+            kv_blocks_used=blocks.used,
+            kv_blocks_cached=blocks.cached,
+            kv_blocks_free=blocks.available - blocks.cached,
+            adapters_on_device=len(self.residency.on_device),
+            adapters_on_host=len(self.residency.host),
         )
 
 

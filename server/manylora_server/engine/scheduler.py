@@ -4,6 +4,9 @@ Decode tokens and prefill chunks share a step under one token budget. Within the
 is: sequences that only need their next token, then prefill of running sequences, then new ones;
 each by priority and arrival. A sequence for which no KV block is left preempts the running one
 that is last in that order; a preempted sequence is computed again from its tokens later.
+
+A sequence whose adapter is not on the device waits without holding up others; where adapters
+outnumber device slots they take turns (``slot_turns``).
 """
 
 from __future__ import annotations
@@ -14,18 +17,26 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from manylora_server.core.errors import AdapterLoadError
+from manylora_server.core.types import Readiness
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.sequence import Sequence, SequenceStatus
+from manylora_server.engine.slot_turns import SlotTurns, claims
 
 
 class SlotProvider(Protocol):
-    """Device residency as the scheduler sees it."""
+    """Device residency as the scheduler sees it; see ``adapters.residency.Residency``."""
 
-    def acquire(self, sequence: Sequence) -> int | None:
-        """Return the slot of the sequence's adapter, referenced; ``None`` if all are in use.
+    def begin_step(self) -> None:
+        """Take promises back."""
+
+    def prepare(self, digest: str) -> Readiness:
+        """Say whether the adapter is ready, and make it so if possible.
 
         Raises ``AdapterLoadError``.
         """
+
+    def acquire(self, digest: str) -> int:
+        """Return the slot of a ready adapter, referenced."""
 
     def release(self, slot: int) -> None:
         """Drop the reference."""
@@ -33,8 +44,14 @@ class SlotProvider(Protocol):
     def references(self, digest: str) -> int:
         """Return how many sequences hold the adapter's slot."""
 
-    def is_resident(self, digest: str) -> bool:
-        """Whether the adapter has a slot now."""
+    def kept(self, digest: str) -> bool:
+        """Whether the adapter's slot is not to be given away in this step."""
+
+    def expect(self, digest: str) -> None:
+        """Take note of a new request for the adapter."""
+
+    def forget(self, digest: str) -> None:
+        """Take note that a request for the adapter has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +81,33 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.failed: list[tuple[Sequence, AdapterLoadError]] = []
         self.preemptions = 0
-        # Adapter that waits for a slot -> resident adapter that takes no later requests until
-        # then. Without it, steady traffic of the resident ones would keep it out for ever.
-        self._yielding: dict[str, str] = {}
+        self._step = 0
+        self._turns = SlotTurns()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        """Queue a new sequence; its adapter is brought to the device from now on."""
+        if sequence.digest is not None:
+            self._slots.expect(sequence.digest)
+        self._wait(sequence)
 
     def schedule(self) -> list[Scheduled]:
         """Return the next step's work; every sequence in it is running and holds its blocks."""
+        self._step += 1
+        self._slots.begin_step()
+        ready = self._grant_slots()
         plan: list[Scheduled] = []
         budget = self._max_batch_tokens
         for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.order)):
             if budget == 0:
                 break
-            if sequence.status is SequenceStatus.RUNNING and self._extend(sequence, plan):
+            # One that an earlier one preempted, or that is parked, has no part in this step.
+            if sequence.status is not SequenceStatus.RUNNING or sequence.parked:
+                continue
+            if self._extend(sequence, plan):
                 count = min(sequence.remaining, budget)
                 plan.append(Scheduled(sequence, count))
                 budget -= count
-        plan.extend(self._admit(budget))
+        plan.extend(self._admit(budget, ready))
         return plan
 
     def advance(self, scheduled: Scheduled) -> None:
@@ -93,13 +117,17 @@ class Scheduler:
         self.blocks.commit(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget ``sequence``, running or waiting, and free all it holds."""
+        """Forget ``sequence``, running or waiting, and free all it holds; once is enough."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
+        else:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
+        if sequence.digest is not None:
+            self._slots.forget(sequence.digest)
 
     def check_integrity(self) -> None:
         """Assert that blocks and slots are held by running sequences and by nobody else."""
@@ -110,9 +138,14 @@ class Scheduler:
         held: dict[str, int] = {}
         for sequence in self.running:
             if sequence.digest is not None:
-                held[sequence.digest] = held.get(sequence.digest, 0) + 1
+                held[sequence.digest] = held.get(sequence.digest, 0) + (not sequence.parked)
         for digest, count in held.items():
             assert self._slots.references(digest) == count, "slot references and users disagree"
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        sequence.waits_since = self._step
+        insort(self.waiting, sequence, key=lambda s: s.order)
 
     def _extend(self, sequence: Sequence, plan: list[Scheduled]) -> bool:
         """Get ``sequence`` its next block, at the cost of later ones; false if it lost its own."""
@@ -129,34 +162,88 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.computed = 0
-        sequence.status = SequenceStatus.WAITING
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        self._wait(sequence)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
-        if sequence.slot is not None:
-            self._slots.release(sequence.slot)
-            sequence.slot = None
+        self._release_slot(sequence)
 
-    def _admit(self, budget: int) -> Iterator[Scheduled]:
-        """Move waiting sequences to running while budget, blocks and slots last."""
-        self._update_yielding()
-        held_back = set(self._yielding.values())
+    def _release_slot(self, sequence: Sequence) -> None:
+        if sequence.slot is None:
+            return
+        self._slots.release(sequence.slot)
+        sequence.slot = None
+        assert sequence.digest is not None
+        if not self._slots.references(sequence.digest):
+            self._turns.ended(sequence.digest)
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        assert sequence.digest is not None
+        self._turns.began(sequence.digest, self._step, resumed=sequence.parked)
+        sequence.slot = self._slots.acquire(sequence.digest)
+
+    def _grant_slots(self) -> set[str]:
+        """Find out which adapters that are wanted can run, parking others where it is their turn.
+
+        Parked sequences of a ready adapter get its slot back. An adapter that cannot be loaded
+        ends its sequences, which ``failed`` then holds. Returns the digests that are ready.
+        """
+        ready: set[str] = set()
+        parked = [sequence for sequence in self.running if sequence.parked]
+        for claim in claims([*parked, *self._admissible()], self._step):
+            try:
+                readiness = self._slots.prepare(claim.digest)
+                if readiness is Readiness.NO_ROOM:
+                    victims = self._turns.victim(claim, self.running, self._step, self._slots.kept)
+                    if victims is not None:
+                        self._park(victims)
+                        readiness = self._slots.prepare(claim.digest)
+            except AdapterLoadError as error:
+                self._fail(claim.digest, error)
+                continue
+            if readiness is Readiness.READY:
+                ready.add(claim.digest)
+        for sequence in parked:
+            if sequence.parked and sequence.digest in ready:
+                self._take_slot(sequence)
+        return ready
+
+    def _admissible(self) -> Iterator[Sequence]:
+        """Yield the waiting sequences with adapters for which there are seats and blocks."""
+        seats = self._max_sequences - len(self.running)
+        blocks = self.blocks.available
+        for sequence in self.waiting:
+            blocks -= self.blocks.blocks_for(len(sequence.token_ids))
+            if seats <= 0 or blocks < 0:
+                return
+            seats -= 1
+            if sequence.digest is not None:
+                yield sequence
+
+    def _park(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._release_slot(sequence)
+            sequence.waits_since = self._step
+
+    def _fail(self, digest: str, error: AdapterLoadError) -> None:
+        for sequence in [*self.waiting, *self.running]:
+            if sequence.digest == digest:
+                self.finish(sequence)
+                self.failed.append((sequence, error))
+
+    def _admit(self, budget: int, ready: set[str]) -> Iterator[Scheduled]:
+        """Move waiting sequences to running while budget, seats and blocks last."""
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._max_sequences:
                 return
-            digest = sequence.digest
-            if digest in held_back:
-                continue
-            if digest is not None and not self._take_slot(sequence, digest):
-                if sequence.status is SequenceStatus.WAITING:
-                    held_back |= {digest, self._yielding[digest]}
+            if sequence.digest is not None and sequence.digest not in ready:
                 continue
             # Blocks are given in order, so that a long prompt is not passed for ever.
             if not self.blocks.admit(sequence):
-                self._release(sequence)
                 return
+            if sequence.digest is not None:
+                self._take_slot(sequence)
             if sequence.output_length == 0:
                 sequence.cached_tokens = sequence.computed
             self.waiting.remove(sequence)
@@ -165,37 +252,3 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             budget -= count
             yield Scheduled(sequence, count)
-
-    def _take_slot(self, sequence: Sequence, digest: str) -> bool:
-        """Get ``sequence`` its adapter's slot; false if there is none.
-
-        An adapter that cannot be loaded ends the sequence, which ``failed`` then holds.
-        """
-        try:
-            sequence.slot = self._slots.acquire(sequence)
-        except AdapterLoadError as error:
-            self.finish(sequence)
-            self.failed.append((sequence, error))
-            return False
-        if sequence.slot is None:
-            self._yielding.setdefault(digest, self._choose_yielding(digest))
-            return False
-        self._yielding.pop(digest, None)
-        return True
-
-    def _choose_yielding(self, digest: str) -> str:
-        """Return the resident adapter with the fewest running sequences, not yet yielding."""
-        residents = {s.digest for s in self.running if s.digest is not None}
-        free = [d for d in residents if d not in self._yielding.values()] or list(residents)
-        return min(free, key=lambda d: (self._slots.references(d), d)) if free else digest
-
-    def _update_yielding(self) -> None:
-        """Forget pairs whose waiting adapter is gone or whose resident one has left its slot."""
-        wanted = {s.digest for s in self.waiting}
-        self._yielding = {
-            waiting: resident
-            for waiting, resident in self._yielding.items()
-            if waiting in wanted
-            and not self._slots.is_resident(waiting)
-            and self._slots.references(resident)
-        }

@@ -18,6 +18,9 @@ class SequenceStatus(Enum):
 class Sequence:
     """Tokens, KV blocks and adapter slot of one request.
 
+    A running sequence without its adapter's slot is *parked*: it keeps its blocks and goes on
+    once it has a slot again. ``waits_since`` is the scheduler's step at which it began to wait.
+
     ``token_ids`` is prompt and output; the keys and values of the first ``computed`` of them are
     in ``block_table``, whose first ``committed`` blocks are known for sharing. The scheduler owns
     ``block_table``, ``slot``, ``computed`` and ``status``.
@@ -34,6 +37,7 @@ class Sequence:
         "slot",
         "status",
         "token_ids",
+        "waits_since",
     )
 
     def __init__(self, request: Request) -> None:
@@ -46,6 +50,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.committed = 0
         self.slot: int | None = None
+        self.waits_since = 0
         self.status = SequenceStatus.WAITING
 
     @property
@@ -62,6 +67,13 @@ class Sequence:
     def digest(self) -> str | None:
         """The adapter's digest, ``None`` for the base."""
         return None if self.request.adapter is None else self.request.adapter.digest
+
+    @property
+    def parked(self) -> bool:
+        """Whether it runs, but its adapter has lost its slot for now."""
+        return (
+            self.status is SequenceStatus.RUNNING and self.slot is None and self.digest is not None
+        )
 
     @property
     def order(self) -> tuple[int, float]:

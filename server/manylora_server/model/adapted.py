@@ -50,16 +50,23 @@ class AdaptedModule(nn.Module):
         assert isinstance(weight, torch.Tensor)
         return weight
 
-    def install(self, slot: int, patch: ModulePatch) -> None:
-        """Make ``patch`` what rows of ``slot`` get."""
+    def reserve(self, slot: int, patch: ModulePatch) -> None:
+        """Make room for ``patch`` as ``slot``'s. May move memory that other slots' rows are in."""
         assert slot not in self.slots, "the slot must be removed first"
+        self.slots.add(slot)
         if patch.replacement is not None:
             self.replacements[slot] = {
-                name: tensor.to(self.device, self.dtype)
+                name: torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
                 for name, tensor in patch.replacement.items()
             }
-        self._install(slot, patch)
-        self.slots.add(slot)
+        self._reserve(slot, patch)
+
+    def fill(self, slot: int, patch: ModulePatch) -> None:
+        """Copy ``patch`` to where ``reserve`` made room; rows of ``slot`` may be computed then."""
+        if patch.replacement is not None:
+            for name, tensor in patch.replacement.items():
+                self.replacements[slot][name].copy_(tensor, non_blocking=True)
+        self._fill(slot, patch)
 
     def remove(self, slot: int) -> None:
         """Forget ``slot``'s patch and give its memory back."""
@@ -80,13 +87,16 @@ class AdaptedModule(nn.Module):
             return y
         return self._apply_patches(x, y, segments)
 
-    def _install(self, slot: int, patch: ModulePatch) -> None:
+    def _reserve(self, slot: int, patch: ModulePatch) -> None:
         assert patch.low_rank is None
         assert patch.output_scale is None
         assert patch.shift is None
 
+    def _fill(self, slot: int, patch: ModulePatch) -> None:
+        """Copy what ``_reserve`` made room for."""
+
     def _remove(self, slot: int) -> None:
-        """Forget what ``_install`` stored."""
+        """Forget what ``_reserve`` made room for."""
 
     def _apply_patches(
         self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
@@ -117,11 +127,17 @@ class AdaptedLinear(AdaptedModule):
         self.ranks = RankPool(in_features, out_features, dtype, device)
         self.affine = AffinePool(out_features, dtype, device)
 
-    def _install(self, slot: int, patch: ModulePatch) -> None:
+    def _reserve(self, slot: int, patch: ModulePatch) -> None:
         if patch.low_rank is not None:
-            self.ranks.install(slot, patch.low_rank)
-        if patch.output_scale is not None or patch.shift is not None:
-            self.affine.install(slot, patch.output_scale, patch.shift)
+            self.ranks.reserve(slot, patch.low_rank)
+        if _is_affine(patch):
+            self.affine.reserve(slot)
+
+    def _fill(self, slot: int, patch: ModulePatch) -> None:
+        if patch.low_rank is not None:
+            self.ranks.fill(slot, patch.low_rank)
+        if _is_affine(patch):
+            self.affine.fill(slot, patch.output_scale, patch.shift)
 
     def _remove(self, slot: int) -> None:
         self.ranks.remove(slot)
@@ -170,17 +186,26 @@ class AdaptedEmbedding(AdaptedModule):
         self.low_rank: dict[int, LowRank] = {}
         self.affine = AffinePool(spec.shape[1], dtype, device)
 
-    def _install(self, slot: int, patch: ModulePatch) -> None:
+    def _reserve(self, slot: int, patch: ModulePatch) -> None:
         factors = patch.low_rank
         if factors is not None:
             # Kept token-major, [vocab, r], so that a token's row is contiguous.
             self.low_rank[slot] = LowRank(
-                a=factors.a.t().contiguous().to(self.device, self.dtype),
-                b=factors.b.to(self.device, self.dtype),
+                a=torch.empty(factors.a.shape[::-1], dtype=self.dtype, device=self.device),
+                b=torch.empty(factors.b.shape, dtype=self.dtype, device=self.device),
                 scaling=factors.scaling,
             )
-        if patch.output_scale is not None or patch.shift is not None:
-            self.affine.install(slot, patch.output_scale, patch.shift)
+        if _is_affine(patch):
+            self.affine.reserve(slot)
+
+    def _fill(self, slot: int, patch: ModulePatch) -> None:
+        factors = patch.low_rank
+        if factors is not None:
+            room = self.low_rank[slot]
+            room.a.copy_(factors.a.t(), non_blocking=True)
+            room.b.copy_(factors.b, non_blocking=True)
+        if _is_affine(patch):
+            self.affine.fill(slot, patch.output_scale, patch.shift)
 
     def _remove(self, slot: int) -> None:
         self.low_rank.pop(slot, None)
@@ -199,3 +224,7 @@ class AdaptedEmbedding(AdaptedModule):
                 result[start:end].addmm_(projected, factors.b, alpha=factors.scaling * weight)
         self.affine.apply(result, segments)
         return y
+
+
+def _is_affine(patch: ModulePatch) -> bool:
+    return patch.output_scale is not None or patch.shift is not None

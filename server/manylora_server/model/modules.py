@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
+from manylora_server.model.installation import Installation
 from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
 
 _WRAPPERS = {"linear": AdaptedLinear, "embedding": AdaptedEmbedding, "norm": AdaptedModule}
@@ -33,20 +34,24 @@ class AdaptedModules:
         self._dtype = dtype
         self._device = device
         self._wrapped: dict[str, AdaptedModule] = {}
+        self.copy_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def install(self, slot: int, adapter: CompiledAdapter) -> None:
-        """Install every patch of ``adapter`` under ``slot``, or none if one of them fails."""
-        try:
-            for name, patch in adapter.patches.items():
-                self._module(name).install(slot, patch)
-        except BaseException:
-            self.remove(slot)
-            raise
+        """Install every patch of ``adapter`` under ``slot`` at once, or none if one fails."""
+        Installation(self, slot, adapter).finish()
 
     def remove(self, slot: int) -> None:
         """Remove whatever is installed under ``slot``."""
+        self.settle()
         for module in self._wrapped.values():
             module.remove(slot)
+
+    def settle(self) -> None:
+        """Let what follows on the compute stream wait for copies under way: pools may move."""
+        if self.copy_stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self.copy_stream)
 
     def resident_bytes(self) -> int:
         """Return the device memory that low-rank factors take now, unused pool rows included."""
@@ -57,7 +62,8 @@ class AdaptedModules:
             for pool in (module.ranks.a, module.ranks.b)
         )
 
-    def _module(self, name: str) -> AdaptedModule:
+    def module(self, name: str) -> AdaptedModule:
+        """Return the module called ``name``, wrapped now if it was not."""
         wrapped = self._wrapped.get(name)
         if wrapped is None:
             spec = self._layout.modules[name]

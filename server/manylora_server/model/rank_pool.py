@@ -23,23 +23,18 @@ class RankPool:
         self.b = torch.empty(0, out_features, dtype=dtype, device=device)
         self.extents: dict[int, RankExtent] = {}
 
-    def install(self, slot: int, factors: LowRank) -> None:
-        """Copy ``factors`` in as ``slot``'s; what it raises leaves no rows taken.
-
-        ``OverflowError`` if a value is not finite in the pools' dtype.
-        """
+    def reserve(self, slot: int, factors: LowRank) -> None:
+        """Give ``slot`` rows for ``factors``. May move the pools, so it belongs between steps."""
         assert slot not in self.extents, "the slot's previous factors must be removed first"
         start = self._fit(factors.rank)
-        rows = slice(start, start + factors.rank)
         self.extents[slot] = RankExtent(start, factors.rank, factors.scaling)
-        try:
-            self.a[rows].copy_(factors.a)
-            self.b[rows].copy_(factors.b)
-            if not bool(self.a[rows].isfinite().all() & self.b[rows].isfinite().all()):
-                raise OverflowError(f"the adapter holds values beyond the range of {self.a.dtype}")
-        except BaseException:
-            self.remove(slot)
-            raise
+
+    def fill(self, slot: int, factors: LowRank) -> None:
+        """Copy ``factors`` into the rows reserved for ``slot``; reads and writes no others."""
+        extent = self.extents[slot]
+        rows = slice(extent.start, extent.start + extent.rank)
+        self.a[rows].copy_(factors.a, non_blocking=True)
+        self.b[rows].copy_(factors.b, non_blocking=True)
 
     def remove(self, slot: int) -> None:
         """Give ``slot``'s rows back; memory is returned once three quarters of it is unused."""
@@ -91,8 +86,8 @@ class AffinePool:
         self.shift = torch.empty(0, out_features, dtype=dtype, device=device)
         self.rows: dict[int, int] = {}
 
-    def install(self, slot: int, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
-        """Store ``slot``'s map."""
+    def reserve(self, slot: int) -> None:
+        """Give ``slot`` a row. May move the pools, so it belongs between steps."""
         assert slot not in self.rows, "the slot's previous map must be removed first"
         free = set(range(self.scale.shape[0])) - set(self.rows.values())
         if free:
@@ -101,15 +96,16 @@ class AffinePool:
             row = self.scale.shape[0]
             self.scale = torch.cat((self.scale, self.scale.new_empty(1, self.scale.shape[1])))
             self.shift = torch.cat((self.shift, self.shift.new_empty(1, self.shift.shape[1])))
-        if scale is None:
-            self.scale[row] = 1.0
-        else:
-            self.scale[row].copy_(scale)
-        if shift is None:
-            self.shift[row] = 0.0
-        else:
-            self.shift[row].copy_(shift)
         self.rows[slot] = row
+
+    def fill(self, slot: int, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
+        """Store the map of ``slot``, whose row is reserved."""
+        row = self.rows[slot]
+        for pool, given, neutral in ((self.scale, scale, 1.0), (self.shift, shift, 0.0)):
+            if given is None:
+                pool[row] = neutral
+            else:
+                pool[row].copy_(given, non_blocking=True)
 
     def apply(self, y: torch.Tensor, segments: SegmentMap) -> None:
         """Scale and shift the rows of ``y [T, out]`` whose slots have a map, in place."""

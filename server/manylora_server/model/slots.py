@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from manylora_server.model.modules import AdaptedModules
+from manylora_server.model.installation import Installation, PatchedModules
 from manylora_store.compiler.canonical import CompiledAdapter
 
 
@@ -24,17 +24,19 @@ class _Slot:
     digest: str | None = None
     references: int = 0
     last_used: int = 0
+    installation: Installation | None = None
 
 
 class AdapterSlots:
-    """Device residency, least recently used first out; a slot with references is never touched.
+    """Device residency, least recently used first out.
 
-    Owned by the engine's thread. ``on_evict`` is called when a resident adapter loses its slot to
-    another one.
+    A slot with references is never touched, nor is one whose adapter is in ``kept`` (what
+    operators pinned, and what this step has promised to somebody). Owned by the engine's thread.
+    ``on_evict`` is called when a resident adapter loses its slot to another one.
     """
 
     def __init__(
-        self, modules: AdaptedModules, count: int, on_evict: Callable[[], None] = lambda: None
+        self, modules: PatchedModules, count: int, on_evict: Callable[[], None] = lambda: None
     ) -> None:
         self._modules = modules
         self._slots = [_Slot() for _ in range(count)]
@@ -47,46 +49,65 @@ class AdapterSlots:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Digests of the adapters that are on the device."""
-        return tuple(self._by_digest)
+        """Digests of the adapters that are on the device, ready to be used."""
+        return tuple(d for d, i in self._by_digest.items() if self._is(i, SlotState.READY))
 
-    def is_resident(self, digest: str) -> bool:
-        """Whether the adapter has a slot."""
-        return digest in self._by_digest
+    @property
+    def loading(self) -> tuple[str, ...]:
+        """Digests of the adapters on their way into a slot."""
+        return tuple(d for d, i in self._by_digest.items() if self._is(i, SlotState.LOADING))
+
+    def state(self, digest: str) -> SlotState:
+        """Return the state of the adapter's slot; ``EMPTY`` if it has none."""
+        index = self._by_digest.get(digest)
+        return SlotState.EMPTY if index is None else self._slots[index].state
 
     def references(self, digest: str) -> int:
         """Return how many sequences hold the adapter's slot."""
         index = self._by_digest.get(digest)
         return 0 if index is None else self._slots[index].references
 
-    def has_room(self) -> bool:
-        """Whether a slot is empty or may be evicted."""
-        return any(slot.references == 0 for slot in self._slots)
+    def begin(self, digest: str, adapter: CompiledAdapter, kept: Collection[str] = ()) -> bool:
+        """Start to install ``adapter`` in an empty slot or in place of an idle adapter.
 
-    def acquire(self, digest: str, load: Callable[[], CompiledAdapter]) -> int | None:
-        """Return the adapter's slot with one more reference; ``None`` if every slot is in use.
-
-        An adapter that is not resident is obtained from ``load`` and copied in; what ``load`` or
-        the copy raises leaves the slot empty.
+        Returns false, and changes nothing, where every slot is in use, loading or kept.
         """
-        self._clock += 1
-        index = self._by_digest.get(digest)
+        assert digest not in self._by_digest
+        index = self._free_slot(kept)
         if index is None:
-            index = self._free_slot()
-            if index is None:
-                return None
-            slot = self._slots[index]
-            slot.state = SlotState.LOADING
-            try:
-                self._modules.install(index, load())
-            except BaseException:
-                slot.state = SlotState.EMPTY
-                raise
-            slot.state, slot.digest = SlotState.READY, digest
-            self._by_digest[digest] = index
+            return False
         slot = self._slots[index]
+        slot.state, slot.digest = SlotState.LOADING, digest
+        slot.installation = Installation(self._modules, index, adapter)
+        self._by_digest[digest] = index
+        self._touch(slot)
+        return True
+
+    def advance(self, digest: str, until: float = 0.0) -> bool:
+        """Go on installing until ``time.perf_counter()`` passes ``until``; true once it is ready.
+
+        What the copy raises leaves the slot empty.
+        """
+        slot = self._slots[self._by_digest[digest]]
+        if slot.state is SlotState.READY:
+            return True
+        assert slot.installation is not None
+        try:
+            ready = slot.installation.advance(until)
+        except BaseException:
+            self._forget(slot)
+            raise
+        if ready:
+            slot.state, slot.installation = SlotState.READY, None
+        return ready
+
+    def acquire(self, digest: str) -> int:
+        """Return the slot of a ready adapter, with one more reference."""
+        index = self._by_digest[digest]
+        slot = self._slots[index]
+        assert slot.state is SlotState.READY, "the adapter is not on the device"
         slot.references += 1
-        slot.last_used = self._clock
+        self._touch(slot)
         return index
 
     def release(self, index: int) -> None:
@@ -96,7 +117,7 @@ class AdapterSlots:
         slot.references -= 1
 
     def evict(self, digest: str) -> bool:
-        """Free the adapter's slot now; false if it is in use or not resident."""
+        """Free the adapter's slot now; false if it is in use or has none."""
         index = self._by_digest.get(digest)
         if index is None or self._slots[index].references:
             return False
@@ -106,21 +127,29 @@ class AdapterSlots:
     def check_integrity(self) -> None:
         """Assert that the digests and the slots agree and that nothing idle is half loaded."""
         for digest, index in self._by_digest.items():
-            slot = self._slots[index]
-            assert slot.digest == digest
-            assert slot.state is SlotState.READY
+            assert self._slots[index].digest == digest
         for index, slot in enumerate(self._slots):
             assert slot.references >= 0
-            ready = slot.state is SlotState.READY
-            assert ready == (slot.digest is not None and self._by_digest.get(slot.digest) == index)
+            known = slot.digest is not None and self._by_digest.get(slot.digest) == index
+            assert known == (slot.state is not SlotState.EMPTY)
+            assert (slot.installation is not None) == (slot.state is SlotState.LOADING)
             if slot.state is not SlotState.READY:
                 assert slot.references == 0, f"slot {index} is referenced but not ready"
 
-    def _free_slot(self) -> int | None:
+    def _is(self, index: int, state: SlotState) -> bool:
+        return self._slots[index].state is state
+
+    def _touch(self, slot: _Slot) -> None:
+        self._clock += 1
+        slot.last_used = self._clock
+
+    def _free_slot(self, kept: Collection[str]) -> int | None:
+        idle = []
         for index, slot in enumerate(self._slots):
             if slot.state is SlotState.EMPTY:
                 return index
-        idle = [index for index, slot in enumerate(self._slots) if slot.references == 0]
+            if slot.state is SlotState.READY and not slot.references and slot.digest not in kept:
+                idle.append(index)
         if not idle:
             return None
         index = min(idle, key=lambda i: self._slots[i].last_used)
@@ -130,7 +159,13 @@ class AdapterSlots:
 
     def _clear(self, index: int) -> None:
         slot = self._slots[index]
+        if slot.installation is not None:
+            slot.installation.cancel()
+        else:
+            self._modules.remove(index)
+        self._forget(slot)
+
+    def _forget(self, slot: _Slot) -> None:
         assert slot.digest is not None
-        self._modules.remove(index)
         del self._by_digest[slot.digest]
-        slot.state, slot.digest = SlotState.EMPTY, None
+        slot.state, slot.digest, slot.installation = SlotState.EMPTY, None, None

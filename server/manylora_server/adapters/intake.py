@@ -1,0 +1,130 @@
+"""From an adapter's files to a revision in the store: checked against the base, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from manylora_server.adapters.receipt import Measurement, ReceiptMeter
+from manylora_server.core.errors import InvalidRequestError
+from manylora_server.core.store_errors import store_errors_translated
+from manylora_server.model.host_copy import host_copy
+from manylora_store.checkpoint.folder import AdapterFiles
+from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
+from manylora_store.compiler.compile import compile_adapter
+from manylora_store.errors import UnknownRevisionError
+from manylora_store.intake.names import AdapterNameError, check_name
+from manylora_store.intake.open import open_staged
+from manylora_store.intake.sources import fetch
+from manylora_store.intake.staging import Staging
+from manylora_store.records import AdapterRecord, Publication
+from manylora_store.store import AdapterStore
+
+
+def checked_name(name: str) -> str:
+    """Return ``name``; ``InvalidRequestError`` if it cannot be an adapter's."""
+    try:
+        check_name(name)
+    except AdapterNameError as error:
+        raise InvalidRequestError(error.message, param="name") from error
+    return name
+
+
+class Intake:
+    """Checks adapters against one base. Knows neither requests nor slots.
+
+    ``examine`` and ``load`` do tensor work and belong in a thread with one torch thread, or in
+    the engine's; a ``Measurement``'s steps belong in the engine's thread.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        layout: BaseLayout,
+        meter: ReceiptMeter,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.store = store
+        self.base_fingerprint = layout.fingerprint
+        self._layout = layout
+        self._meter = meter
+        self._dtype = dtype
+        self._pinned = device.type == "cuda"
+
+    def stage(self) -> Staging:
+        """Return a new private folder for files on their way in."""
+        with store_errors_translated():
+            return self.store.stage()
+
+    def open(self, staging: Staging, name: str, source: str) -> AdapterFiles:
+        """Open what was received; no tensors are read but for their digest."""
+        with store_errors_translated(param="files"):
+            return open_staged(staging, name, source)
+
+    def fetch(self, source: str, staging: Staging) -> str:
+        """Bring the files that ``source`` names into ``staging``; return the source in full."""
+        with store_errors_translated(param="source"):
+            return fetch(source, staging)
+
+    def point(self, name: str, files: AdapterFiles) -> Publication | None:
+        """Publish ``files`` as ``name`` without examining them, if this base knows them already."""
+        with store_errors_translated():
+            known = self.store.revision(files.digest)
+            if (
+                known is None
+                or known.base_fingerprint != self.base_fingerprint
+                or known.receipt is None
+            ):
+                return None
+            try:
+                return self.store.point(name, files.digest, files.source)
+            except UnknownRevisionError:
+                # Removed by somebody since the question; the files are still at hand.
+                return None
+
+    def examine(self, files: AdapterFiles) -> tuple[CompiledAdapter, Measurement]:
+        """Compile ``files`` for the base and get its comparison with PEFT ready.
+
+        Raises ``AdapterRefusedError``.
+        """
+        with store_errors_translated(param="files"):
+            compiled = compile_adapter(files, self._layout)
+            return compiled, self._meter.prepare(files.path, compiled)
+
+    def measure(self, step: Callable[[], None]) -> None:
+        """Run one of a measurement's steps. Raises ``AdapterRefusedError``."""
+        with store_errors_translated(param="files"):
+            step()
+
+    def publish(
+        self, name: str, files: AdapterFiles, compiled: CompiledAdapter, measured: Measurement
+    ) -> Publication:
+        """Make the adapter known as ``name``, if the measurement lets it."""
+        with store_errors_translated(param="files"):
+            receipt = measured.finish().as_dict()
+            record = replace(
+                compiled.record, base_fingerprint=self.base_fingerprint, receipt=receipt
+            )
+            return self.store.publish(name, files, record)
+
+    def register(self, name: str, source: str) -> AdapterRecord:
+        """Do all of it at once, in this thread, for ``name`` and a ``source``."""
+        checked_name(name)
+        with self.stage() as staging:
+            files = self.open(staging, name, self.fetch(source, staging))
+            publication = self.point(name, files)
+            if publication is None:
+                compiled, measured = self.examine(files)
+                for step in measured.steps:
+                    self.measure(step)
+                publication = self.publish(name, files, compiled, measured)
+        return publication.record
+
+    def load(self, digest: str) -> CompiledAdapter:
+        """Read a stored revision as host memory keeps it. Raises ``AdapterLoadError`` causes."""
+        with self.store.files(digest) as files:
+            compiled = compile_adapter(files, self._layout)
+        return host_copy(compiled, self._dtype, pinned=self._pinned)

@@ -1,0 +1,332 @@
+"""What operators do with adapters while requests are served: add, replace, move, remove."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import torch
+
+from manylora_server.adapters.catalog import AdapterCatalog
+from manylora_server.adapters.host_tier import HostTier
+from manylora_server.adapters.intake import Intake, checked_name
+from manylora_server.adapters.memory import give_memory_back
+from manylora_server.adapters.residency import Residency
+from manylora_server.adapters.status import TIERS, AdapterStatus, Tier
+from manylora_server.core.blocking import in_thread
+from manylora_server.core.errors import (
+    AdapterConflictError,
+    AdapterInUseError,
+    InvalidRequestError,
+)
+from manylora_server.core.observer import EngineState
+from manylora_server.core.store_errors import store_errors_translated
+from manylora_store.intake.staging import Staging
+from manylora_store.records import AdapterRecord, Publication
+
+ResultT = TypeVar("ResultT")
+
+_PAGE = 200
+_DRAIN_POLL_S = 0.02
+
+
+class EngineTasks(Protocol):
+    """The engine's thread, as far as this module needs it; see ``engine.AsyncEngine``."""
+
+    def run(self, task: Callable[[], ResultT]) -> Future[ResultT]:
+        """Run ``task`` between two steps."""
+
+
+class AdapterService:
+    """Every method belongs on the event loop and leaves it free while it waits.
+
+    Raises ``ManyloraError`` only, apart from what a ``Staging`` raises.
+    """
+
+    def __init__(
+        self,
+        catalog: AdapterCatalog,
+        intake: Intake,
+        residency: Residency,
+        host: HostTier,
+        engine: EngineTasks,
+        engine_state: Callable[[], EngineState],
+    ) -> None:
+        self._catalog = catalog
+        self._store = catalog.store
+        self._intake = intake
+        self._residency = residency
+        self._host = host
+        self._engine = engine
+        self._engine_state = engine_state
+        self._started = time.monotonic()
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._pinning = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Checks need tensors: one thread, with one OpenMP thread (decision 5).
+        self._examiner = ThreadPoolExecutor(
+            1, "manylora-intake", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        catalog.on_unused = self._drop
+
+    def close(self) -> None:
+        """End the thread that examines adapters."""
+        self._examiner.shutdown(wait=True, cancel_futures=True)
+
+    def stage(self) -> Staging:
+        """Return a new private folder for files on their way in."""
+        return self._intake.stage()
+
+    async def add(self, name: str, staging: Staging, source: str) -> AdapterStatus:
+        """Check the files received in ``staging`` and publish them as ``name``.
+
+        The same content again changes nothing; other content under a known name is a new revision,
+        which requests that come later get.
+        """
+        checked_name(name)
+        intake = self._intake
+        files = await in_thread(intake.open, staging, name, source)
+        async with self._changing(name):
+            publication = await in_thread(intake.point, name, files)
+        if publication is None:
+            compiled, measured = await self._examine(lambda: intake.examine(files))
+            for step in measured.steps:
+                await asyncio.wrap_future(self._engine.run(partial(intake.measure, step)))
+            async with self._changing(name):
+                publication = await in_thread(intake.publish, name, files, compiled, measured)
+        await self._moved(publication)
+        return self._status(publication.record)
+
+    async def add_source(self, name: str, source: str) -> AdapterStatus:
+        """Fetch a folder of this machine or a hub repository, then ``add`` it."""
+        checked_name(name)
+        with await in_thread(self.stage) as staging:
+            found = await in_thread(self._intake.fetch, source, staging)
+            return await self.add(name, staging, found)
+
+    async def remove(self, name: str, *, drain: bool) -> None:
+        """Forget ``name`` and its revisions; with ``drain``, once its requests have ended."""
+        await self._record(name)
+        async with self._changing(name):
+            self._catalog.begin_removal(name, drain=drain)
+        try:
+            while self._catalog.in_use(name):
+                await asyncio.sleep(_DRAIN_POLL_S)
+        except BaseException:
+            self._catalog.end_removal(name)
+            raise
+        # From here on it is carried through, whether or not anybody still waits for it.
+        forgetting = asyncio.create_task(self._forget(name))
+        self._tasks.add(forgetting)
+        forgetting.add_done_callback(self._tasks.discard)
+        await asyncio.shield(forgetting)
+
+    async def load(self, name: str, *, pin: bool | None) -> AdapterStatus:
+        """Bring the adapter to the device; ``pin`` also pins or unpins it, ``None`` does neither.
+
+        ``OverloadedError`` where every slot is in use or pinned.
+        """
+        record = await self._record(name)
+        self._catalog.check_base(name, record.base_fingerprint)
+        if pin is not None and pin != record.pinned:
+            record = await self._pin(name, pin)
+        digest = record.digest
+        loading = await asyncio.wrap_future(self._engine.run(lambda: self._residency.load(digest)))
+        await asyncio.wrap_future(loading)
+        return await self.describe(name)
+
+    async def unload(self, name: str) -> AdapterStatus:
+        """Free the adapter's device and host memory; it stays registered."""
+        record = await self._record(name)
+        if record.pinned:
+            raise AdapterConflictError(
+                f"name: adapter {name!r} is pinned to the device; unpin it first.", param="name"
+            )
+        count = self._catalog.in_use(name)
+        dropped = False
+        if not count:
+            digest = record.digest
+            dropped = await asyncio.wrap_future(
+                self._engine.run(lambda: self._residency.drop(digest))
+            )
+        if not dropped:
+            raise AdapterInUseError(
+                f"name: {max(count, 1)} requests use adapter {name!r} now; try again later.",
+                param="name",
+            )
+        await in_thread(give_memory_back)
+        return await self.describe(name)
+
+    async def set_pinned(self, name: str, pinned: bool) -> AdapterStatus:
+        """Keep the adapter on the device from now on, or let it go when its slot is needed."""
+        record = await self._record(name)
+        if pinned:
+            self._catalog.check_base(name, record.base_fingerprint)
+        await self._pin(name, pinned)
+        return await self.describe(name)
+
+    async def rollback(self, name: str, digest: str) -> AdapterStatus:
+        """Point ``name`` at an earlier revision of its history."""
+        async with self._changing(name):
+            with store_errors_translated(param="digest"):
+                found = await in_thread(self._store.resolve, name, digest)
+            self._catalog.check_base(name, found.base_fingerprint)
+            with store_errors_translated(param="digest"):
+                publication = await in_thread(self._store.rollback, name, found.digest)
+        await self._moved(publication)
+        return self._status(publication.record)
+
+    async def describe(self, name: str) -> AdapterStatus:
+        """Return what is known of ``name``."""
+        return self._status(await self._record(name))
+
+    async def list(
+        self, *, limit: int, after: str | None, residency: str | None
+    ) -> tuple[list[AdapterStatus], bool]:
+        """Return the first ``limit`` adapters behind ``after`` by name, and whether more follow."""
+        if residency is not None and residency not in TIERS:
+            raise InvalidRequestError(
+                f"residency: {residency!r} came; it is one of {', '.join(TIERS)}.",
+                param="residency",
+            )
+        found: list[AdapterStatus] = []
+        while len(found) <= limit:
+            size = limit + 1 if residency is None else _PAGE
+            with store_errors_translated(param="after"):
+                page = await in_thread(self._store.list, limit=size, after=after)
+            statuses = (self._status(record) for record in page)
+            found += (s for s in statuses if residency in (None, s.residency))
+            if len(page) < size:
+                break
+            after = page[-1].name
+        return found[:limit], len(found) > limit
+
+    async def stats(self) -> dict[str, Any]:
+        """Return how many adapters are where, and how much room there is."""
+        with store_errors_translated():
+            registered = await in_thread(self._store.count)
+        return {
+            "adapters": {
+                "registered": registered,
+                "host": len(self._host),
+                "host_bytes": self._host.bytes,
+                "host_bytes_limit": self._host.max_bytes,
+                "device": len(self._residency.on_device),
+                "slots": len(self._residency.slots),
+                "pinned": len(self._residency.pinned),
+            },
+            "engine": asdict(self._engine_state()),
+            "process": {
+                "rss_bytes": psutil.Process().memory_info().rss,
+                "uptime_s": round(time.monotonic() - self._started, 3),
+            },
+        }
+
+    async def _examine(self, work: Callable[[], ResultT]) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._examiner, work)
+
+    async def _record(self, name: str) -> AdapterRecord:
+        with store_errors_translated(param="name"):
+            return await in_thread(self._store.get, name)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock
+
+    def _changing(self, name: str) -> _Changing:
+        return _Changing(self._lock(name), self._catalog, name)
+
+    def _status(self, record: AdapterRecord) -> AdapterStatus:
+        tier: Tier = "disk"
+        if record.digest in self._residency.on_device:
+            tier = "device"
+        elif record.digest in self._host:
+            tier = "host"
+        return AdapterStatus(record, tier, self._catalog.in_use(record.name))
+
+    async def _forget(self, name: str) -> None:
+        """Remove a name that is not in use, and what it alone kept in memory."""
+        try:
+            async with self._lock(name):
+                with store_errors_translated(param="name"):
+                    removed = await in_thread(self._store.remove, name)
+        finally:
+            self._catalog.end_removal(name)
+        await self._refresh_pins()
+        for digest in removed:
+            self._catalog.retire(digest)
+        await in_thread(give_memory_back)
+
+    async def _moved(self, publication: Publication) -> None:
+        """Let the revision that a name has left go, once nobody uses it."""
+        record = publication.record
+        self._catalog.restore(record.digest)
+        previous = publication.previous
+        if previous is None:
+            return
+        if record.pinned:
+            await self._refresh_pins()
+        with store_errors_translated():
+            named = await in_thread(self._store.current_names, previous)
+        if not named:
+            self._catalog.retire(previous)
+
+    async def _pin(self, name: str, pinned: bool) -> AdapterRecord:
+        async with self._pinning:
+            if pinned:
+                await self._check_pins(name)
+            with store_errors_translated(param="name"):
+                record = await in_thread(self._store.set_pinned, name, pinned)
+        await self._refresh_pins()
+        return record
+
+    async def _check_pins(self, name: str) -> None:
+        with store_errors_translated():
+            pinned = await in_thread(self._store.pinned)
+        others = {digest for other, digest in pinned if other != name}
+        slots = len(self._residency.slots)
+        if len(others) + 1 >= slots:
+            raise AdapterConflictError(
+                f"name: {len(others)} adapters are pinned to the {slots} slots already, and one "
+                "slot must stay for the others; unpin one, or start the server with more "
+                "--adapter-slots.",
+                param="name",
+            )
+
+    async def _refresh_pins(self) -> None:
+        """Have the engine keep, and bring to the device, what is pinned now."""
+        digests = await in_thread(self._catalog.pinned)
+        await asyncio.wrap_future(self._engine.run(lambda: self._residency.pin(digests)))
+
+    def _drop(self, digest: str) -> None:
+        self._engine.run(lambda: self._residency.drop(digest))
+
+
+class _Changing:
+    """Holds a name's lock, where the name is not being removed."""
+
+    def __init__(self, lock: asyncio.Lock, catalog: AdapterCatalog, name: str) -> None:
+        self._lock = lock
+        self._catalog = catalog
+        self._name = name
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+        if self._catalog.removing(self._name):
+            self._lock.release()
+            raise AdapterConflictError(
+                f"name: adapter {self._name!r} is being removed; try again once it is gone.",
+                param="name",
+            )
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()

@@ -1,0 +1,29 @@
+"""An adapter as operators see it: its record, where it is, and who uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from manylora_store.records import AdapterRecord
+
+Tier = Literal["disk", "host", "device"]
+TIERS: tuple[Tier, ...] = ("disk", "host", "device")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """``residency`` is of the name's current revision; ``in_use`` counts accepted requests."""
+
+    record: AdapterRecord
+    residency: Tier
+    in_use: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the adapter record of DESIGN section 6, JSON-ready."""
+        return {
+            **self.record.as_dict(),
+            "residency": self.residency,
+            "merged": None,
+            "in_use": self.in_use,
+        }

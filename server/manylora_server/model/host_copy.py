@@ -1,0 +1,61 @@
+"""An adapter as host memory keeps it: in the dtype of the device's pools, ready to be copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from manylora_store.compiler.canonical import CompiledAdapter, ModulePatch
+
+
+def host_copy(compiled: CompiledAdapter, dtype: torch.dtype, *, pinned: bool) -> CompiledAdapter:
+    """Return ``compiled`` with every tensor in ``dtype`` (page-locked if ``pinned``).
+
+    Raises ``OverflowError`` if a value is beyond the range of ``dtype``.
+    """
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        cast = tensor.to(dtype).contiguous()
+        # The compiler has seen that all values are finite in float32.
+        if dtype != torch.float32 and not bool(cast.isfinite().all()):
+            raise OverflowError(f"the adapter holds values beyond the range of {dtype}")
+        return cast.pin_memory() if pinned else cast
+
+    def convert_patch(patch: ModulePatch) -> ModulePatch:
+        factors = patch.low_rank
+        return ModulePatch(
+            low_rank=None
+            if factors is None
+            else replace(factors, a=convert(factors.a), b=convert(factors.b)),
+            output_scale=None if patch.output_scale is None else convert(patch.output_scale),
+            shift=None if patch.shift is None else convert(patch.shift),
+            replacement=None
+            if patch.replacement is None
+            else {name: convert(tensor) for name, tensor in patch.replacement.items()},
+        )
+
+    patches = {name: convert_patch(patch) for name, patch in compiled.patches.items()}
+    return replace(compiled, patches=patches)
+
+
+def adapter_bytes(compiled: CompiledAdapter) -> int:
+    """Return the memory of all tensors of ``compiled``; a tensor in several places counts once."""
+    unique = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size()
+        for patch in compiled.patches.values()
+        for tensor in _tensors(patch)
+    }
+    return sum(unique.values())
+
+
+def _tensors(patch: ModulePatch) -> Iterator[torch.Tensor]:
+    if patch.low_rank is not None:
+        yield patch.low_rank.a
+        yield patch.low_rank.b
+    for tensor in (patch.output_scale, patch.shift):
+        if tensor is not None:
+            yield tensor
+    if patch.replacement is not None:
+        yield from patch.replacement.values()
