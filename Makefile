@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes, a file of tests to one of them at a time; the tests themselves run on one thread.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 SOURCES := kernels adapters_store server tests loadtests
 
 .PHONY: demo test lint gpu-test wheel clean
@@ -21,7 +23,7 @@ lint: $(VENV)/.installed-dev
 # lacks may lie in a folder named by PYTHONPATH.
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-test: torch sees no CUDA device here; nothing was tested")'
-	PYTHONPATH=kernels:adapters_store:server:$$PYTHONPATH $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+	PYTHONPATH=kernels:adapters_store:server:$$PYTHONPATH $(PYTHON) -m pytest -m gpu
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -54,17 +54,34 @@ async def serving(
         yield Server(client, time.perf_counter() - start)
 
 
-async def register(server: Server, adapters: Sequence[AdapterFolder]) -> float:
-    """Register ``adapters`` over HTTP unless they are; return the seconds that one took."""
+async def names(server: Server) -> list[str]:
+    """Return the names of all registered adapters, page by page."""
+    found: list[str] = []
+    after: str | None = None
+    while True:
+        parameters = {"limit": "500"} | ({} if after is None else {"after": after})
+        response = await server.client.get("/admin/adapters", params=parameters)
+        response.raise_for_status()
+        page = response.json()
+        found += [entry["name"] for entry in page["data"]]
+        after = page["next"]
+        if not page["has_more"]:
+            return found
+
+
+async def register(server: Server, adapters: Sequence[AdapterFolder]) -> float | None:
+    """Register those of ``adapters`` that are not; return the seconds that one took, if any."""
+    known = set(await names(server))
+    missing = [adapter for adapter in adapters if adapter.name not in known]
     start = time.perf_counter()
-    for number, adapter in enumerate(adapters, 1):
+    for number, adapter in enumerate(missing, 1):
         body = {"name": adapter.name, "source": f"file:{adapter.folder}"}
         response = await server.client.post("/admin/adapters", json=body)
         if response.status_code != httpx.codes.CREATED:
             raise RuntimeError(f"{adapter.name}: HTTP {response.status_code}: {response.text}")
         if number % 200 == 0:
-            logger.info("registered %d of %d", number, len(adapters))
-    return (time.perf_counter() - start) / max(1, len(adapters))
+            logger.info("registered %d of %d", number, len(missing))
+    return (time.perf_counter() - start) / len(missing) if missing else None
 
 
 Side = Callable[[int], Awaitable[Run]]
@@ -90,21 +107,24 @@ async def alternate(sides: Mapping[str, Side], repetitions: int) -> dict[str, li
     return runs
 
 
-def compared(runs: Mapping[str, Sequence[Run]], above: str, below: str) -> dict[str, Any]:
-    """Return both sides' figures and the ratios ``above / below`` of what matters."""
-    sides = {name: summarize(of) for name, of in runs.items()}
+def compared(runs: Mapping[str, Sequence[Run]], above: str) -> dict[str, Any]:
+    """Return all sides' figures, and the ratios of the side ``above`` to each of the others."""
 
-    def ratio(value: Callable[[Run], float]) -> dict[str, Any]:
+    def ratio(below: str, value: Callable[[Run], float]) -> dict[str, Any]:
         pairs = zip(runs[above], runs[below], strict=True)
         top, bottom = (median(value(run) for run in runs[name]) for name in (above, below))
         return {"ratio": top / bottom, "by_repetition": [value(a) / value(b) for a, b in pairs]}
 
+    values: dict[str, Callable[[Run], float]] = {
+        "generated tokens/s": lambda run: run.generated_per_s,
+        "median time to first token": lambda run: median(r.first_token_s for r in run.records),
+    }
     return {
-        "sides": sides,
+        "sides": {name: summarize(of) for name, of in runs.items()},
         "ratios": {
-            "generated tokens/s": ratio(lambda run: run.generated_per_s),
-            "median time to first token": ratio(
-                lambda run: median(record.first_token_s for record in run.records)
-            ),
+            f"{name}, {above} / {below}": ratio(below, value)
+            for below in runs
+            if below != above
+            for name, value in values.items()
         },
     }

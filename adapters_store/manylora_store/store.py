@@ -11,7 +11,6 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from manylora_store.blobs.failures import storage_errors
 from manylora_store.blobs.interface import Blobs, IncomingFile
 from manylora_store.blobs.local import LocalBlobs
 from manylora_store.blobs.opening import open_blobs
@@ -30,6 +29,7 @@ from manylora_store.registry import changes, queries
 from manylora_store.registry.database import Database
 from manylora_store.registry.migrations import migrate
 from manylora_store.registry.resolution import resolve
+from manylora_store.storage_failures import storage_errors
 from manylora_store.stored_files import stored_files
 
 

@@ -40,7 +40,12 @@ def adapter(value: float = 1.5) -> CompiledAdapter:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_the_compiler_s_own_dtype_nothing_is_copied() -> None:
+    source = adapter()
+    assert host_copy(source, torch.float32, pinned=False) is source
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_tensor_is_in_the_dtype_and_contiguous(dtype: torch.dtype) -> None:
     source = adapter()
     copy = host_copy(source, dtype, pinned=False)

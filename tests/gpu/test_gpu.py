@@ -71,3 +71,36 @@ def test_mixed_batch_on_the_gpu(
             else:
                 got, logits = got[:1], logits[:1]
             assert float((got - logits).abs().max() / logits.abs().max()) < LIMITS[dtype]
+
+
+def test_adapters_that_take_turns_on_one_slot_of_the_gpu(tmp_path: Path) -> None:
+    """Copies run on a stream of their own beside the steps; no token may see a half of one."""
+    folder = tmp_path / "base"
+    base = save_model("llama", folder)
+    adapters = {
+        name: save_adapter(
+            base, lora("llama", r=4 + seed, target_modules="all-linear"), tmp_path / name, seed
+        )
+        for seed, name in enumerate("abc")
+    }
+    alone: dict[tuple[str, int], list[int]] = {}
+    for slots in (3, 1):
+        engine = build(
+            folder,
+            tmp_path / f"home{slots}",
+            device="cuda",
+            adapters=adapters,
+            adapter_slots=slots,
+            max_batch_tokens=24,
+        )
+        requests = [
+            request(f"{name}/{index}", prompt, engine.adapters.resolve(name), max_tokens=40)
+            for index, prompt in enumerate(PROMPTS)
+            for name in adapters
+        ]
+        outputs = run(inner(engine), {0: requests[::2], 3: requests[1::2]})
+        for name in adapters:
+            for index in range(len(PROMPTS)):
+                tokens = tokens_of(outputs[f"{name}/{index}"])
+                assert tokens == alone.setdefault((name, index), tokens)
+        engine.close()

@@ -14,7 +14,7 @@ from manylora_server.model.architectures import SUPPORTED_MODEL_TYPES
 from support.adapters import adalora, attention_targets, lora, save_adapter
 from support.models import ARCHITECTURES, VOCAB, save_model
 from support.oracle import Oracle, greedy
-from support.serving import Recorder, build, inner, request, run, tokens_of
+from support.serving import Recorder, bring_in, build, inner, request, run, tokens_of
 
 NEW_TOKENS = 8
 BLOCKS = 30
@@ -63,6 +63,7 @@ def test_mixed_batch_equals_peft(architecture: str, quantization: str, tmp_path:
         kv_block_tokens=4,
         max_sequences=8,
     )
+    bring_in(engine)
     core = inner(engine)
     # So few blocks that sequences must be preempted; no more than the cache really has.
     core.scheduler.blocks = KVBlocks(BLOCKS, 4)

@@ -58,7 +58,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(
     folder = tmp_path / "base"
     adapters = {"a": save_adapter(save_model("llama", folder), lora("llama"), tmp_path / "a", 1)}
     home = tmp_path / "home"
-    home.write_text("a file where the folder should be")
+    home.mkdir()
+    (home / "quantized").write_text("a file where the folder should be")
     assert served_tokens(folder, home, adapters, quantization="nf4")
     assert "cannot be cached" in caplog.text
 

@@ -196,6 +196,7 @@ def test_load_unload_and_pins(empty, world: World):
             return {entry["name"]: entry["residency"] for entry in data}
 
         assert tiers() == {"a": "disk", "b": "disk", "c": "disk"}
+        assert run.metric("adapter_residency", tier="disk") == 3
         loaded = http.post("/admin/adapters/a/load", json={"pin": True})
         assert (loaded.json()["residency"], loaded.json()["pinned"]) == ("device", True)
         full = http.post("/admin/adapters/b/pin")

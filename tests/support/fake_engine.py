@@ -128,6 +128,9 @@ class FakeEngine:
     def close(self) -> None:
         self.ready = False
 
+    def warm_up(self) -> None:
+        pass
+
     def validate(self, request: Request) -> None:
         if not self.ready:
             raise NotReadyError("the server is starting.")

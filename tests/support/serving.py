@@ -108,6 +108,17 @@ def request(
     return Request(request_id, tuple(prompt), SamplingParams(**settings), adapter)
 
 
+def bring_in(engine: AsyncEngine) -> None:
+    """Bring every adapter to the device, so that what a step holds does not depend on loads."""
+    residency = inner(engine).residency
+    loads = [residency.load(digest) for _, digest, _ in engine.adapters.served()]
+    while not all(load.done() for load in loads):
+        residency.begin_step()
+        residency.host.wait(60)
+    for load in loads:
+        load.result()
+
+
 def run(
     engine: Engine,
     arrivals: Mapping[int, Sequence[Request]],

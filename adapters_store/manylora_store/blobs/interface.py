@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from manylora_store.blobs.failures import storage_errors
 from manylora_store.records import BlobRef
+from manylora_store.storage_failures import storage_errors
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from manylora_store.blobs.failures import storage_error, storage_errors
 from manylora_store.blobs.interface import DIGEST, IncomingFile
 from manylora_store.errors import StoreUnavailableError
 from manylora_store.records import BlobRef
+from manylora_store.storage_failures import storage_error, storage_errors
 
 
 class LocalBlobs:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fsspec import AbstractFileSystem
 
-from manylora_store.blobs.failures import storage_error
 from manylora_store.blobs.interface import DIGEST, IncomingFile
 from manylora_store.errors import StoreUnavailableError
 from manylora_store.records import BlobRef
+from manylora_store.storage_failures import storage_error
 
 
 class RemoteBlobs:

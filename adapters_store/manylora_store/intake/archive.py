@@ -8,13 +8,13 @@ from pathlib import Path
 
 from manylora_store.checkpoint.zip_directory import ZIP_MAGIC
 from manylora_store.errors import AdapterInvalidError, TooLargeError
-from manylora_store.intake.files import storage_errors
 from manylora_store.intake.inflate import CHUNK, GZIP, inflate
 from manylora_store.intake.limits import Limits
 from manylora_store.intake.members import Members
 from manylora_store.intake.staging import Staging
 from manylora_store.intake.tars import BLOCK, looks_like_tar, unpack_tar
 from manylora_store.intake.zips import unpack_zip
+from manylora_store.storage_failures import storage_errors
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _TAR_HEADERS = 8 * 2**20

@@ -5,27 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from manylora_store.errors import StoreFullError, StoreUnavailableError
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Raise errors of the system within the block as the store's: ``what`` could not be stored."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StoreFullError(
-                f"there is no room to store {what} ({error.strerror}); free space on the disk of"
-                " the adapter store, or raise its quota"
-            ) from error
-        raise StoreUnavailableError(f"{what} cannot be stored: {error}") from error
+from manylora_store.storage_failures import storage_errors
 
 
 class Sink:

@@ -22,7 +22,8 @@ from types import TracebackType
 from manylora_store.checkpoint.config_reader import CONFIG_NAME
 from manylora_store.checkpoint.weights import BIN_NAME, SAFETENSORS_NAME
 from manylora_store.errors import AdapterInvalidError, TooLargeError
-from manylora_store.intake.files import Sink, storage_errors
+from manylora_store.intake.files import Sink
+from manylora_store.storage_failures import storage_errors
 
 ARCHIVE_NAME = "archive"
 WANTED = (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME)

@@ -45,12 +45,12 @@ class Database:
         )
         self._busy_timeout = busy_timeout
         # One writing connection: a process's own writers wait for it in order, without polling.
-        self._writer = self._engine(parsed, pool_size=1, max_overflow=0)
-        reader = self._engine(parsed, pool_size=READERS, max_overflow=MOST_READERS - READERS)
-        self._reader = self._snapshots = reader
+        self._writer = self._engine(parsed, "READ COMMITTED", pool_size=1, max_overflow=0)
+        self._reader = self._snapshots = self._engine(
+            parsed, "AUTOCOMMIT", pool_size=READERS, max_overflow=MOST_READERS - READERS
+        )
         if not self._is_sqlite:
-            self._reader = reader.execution_options(isolation_level="AUTOCOMMIT")
-            self._snapshots = reader.execution_options(isolation_level="REPEATABLE READ")
+            self._snapshots = self._reader.execution_options(isolation_level="REPEATABLE READ")
             return
         try:
             self._switch_to_wal()
@@ -90,6 +90,7 @@ class Database:
             if self._is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             else:
+                # A higher level of isolation would see things as they were before the wait.
                 wait = sa.func.set_config("lock_timeout", f"{self._busy_timeout * 1e3:.0f}ms", True)
                 connection.execute(sa.select(wait))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
@@ -101,7 +102,8 @@ class Database:
         self._writer.dispose()
         self._reader.dispose()
 
-    def _engine(self, url: sa.URL, **pool: int) -> sa.Engine:
+    def _engine(self, url: sa.URL, isolation_level: str, **pool: int) -> sa.Engine:
+        """Make a pool of connections; SQLite has but one level of isolation."""
         options: dict[str, Any] = {
             **pool,
             "pool_timeout": self._busy_timeout,
@@ -110,8 +112,7 @@ class Database:
         }
         if url.get_backend_name() == "postgresql":
             options |= {
-                # The writers' lock is the first statement; it must not fix what later ones see.
-                "isolation_level": "READ COMMITTED",
+                "isolation_level": isolation_level,
                 "pool_pre_ping": True,
                 "connect_args": {"connect_timeout": max(2, round(self._busy_timeout))},
             }

@@ -42,6 +42,12 @@ _HISTORY = (
     )
     .order_by(history.c.id.desc())
 )
+_FILES = sa.select(
+    revisions.c.config_blob,
+    revisions.c.config_bytes,
+    revisions.c.weights_blob,
+    revisions.c.weights_bytes,
+).where(revisions.c.digest == sa.bindparam("digest"))
 _ALIASES = (
     sa.select(adapters.c.digest, adapters.c.name)
     .where(adapters.c.digest.in_(sa.bindparam("digests", expanding=True)))
@@ -117,12 +123,7 @@ def revision(connection: sa.Connection, digest: str) -> AdapterRecord | None:
 
 def files(connection: sa.Connection, digest: str) -> RevisionFiles | None:
     """Return which blobs hold the files of a revision; None where it is not stored."""
-    columns = revisions.c
-    row = connection.execute(
-        sa.select(
-            columns.config_blob, columns.config_bytes, columns.weights_blob, columns.weights_bytes
-        ).where(columns.digest == digest)
-    ).first()
+    row = connection.execute(_FILES, {"digest": digest}).first()
     return None if row is None else RevisionFiles(BlobRef(*row[:2]), BlobRef(*row[2:]))
 
 

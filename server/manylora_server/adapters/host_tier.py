@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -16,6 +18,8 @@ from manylora_store.compiler.canonical import CompiledAdapter
 
 logger = logging.getLogger(__name__)
 
+_NICE = 10
+
 
 class HostTier:
     """At most ``max_bytes`` of adapters, by digest, and the thread that loads them with ``load``.
@@ -23,12 +27,18 @@ class HostTier:
     A requested adapter is kept until it is taken or the request is cancelled; of those at most
     half of ``max_bytes`` are loaded ahead (one always, and one that is asked for ``now``), so that
     a long queue of requests for different adapters does not push out what it is waiting for.
-    Thread-safe. ``on_loaded`` is called in the loading thread after each load, failed or not.
+    Thread-safe. ``on_loaded`` is called in the loading thread after each load, failed or not. The
+    thread begins with ``warm_up``, when it is started or first needed.
     """
 
     def __init__(
-        self, load: Callable[[str], CompiledAdapter], max_bytes: int, observer: EngineObserver
+        self,
+        load: Callable[[str], CompiledAdapter],
+        max_bytes: int,
+        observer: EngineObserver,
+        warm_up: Callable[[], None] = lambda: None,
     ) -> None:
+        self._warm_up = warm_up
         self.max_bytes = max_bytes
         self.on_loaded: Callable[[], None] = lambda: None
         self._load = load
@@ -42,8 +52,7 @@ class HostTier:
         self._failed: dict[str, Exception] = {}
         self._loading: str | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="manylora-loader", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
         with self._changed:
@@ -65,8 +74,18 @@ class HostTier:
         with self._changed:
             return self._loading is not None or bool(self._pending)
 
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
+        with self._changed:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(
+                    target=self._run, name="manylora-loader", daemon=True
+                )
+                self._thread.start()
+
     def request(self, digest: str, *, now: bool = False) -> None:
         """Have the adapter loaded, unless it is here, and kept until taken or cancelled."""
+        self.start()
         with self._changed:
             if digest in self._entries:
                 self._entries.move_to_end(digest)
@@ -125,7 +144,8 @@ class HostTier:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _next(self) -> str | None:
         """Return what may be loaded next."""
@@ -138,6 +158,14 @@ class HostTier:
     def _run(self) -> None:
         # One OpenMP thread: a second team of workers would slow the engine's (decision 5).
         torch.set_num_threads(1)
+        # A step waits for its slowest worker, so it is this thread that must wait for a core.
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        try:
+            self._warm_up()
+        except Exception:
+            # Each load will meet it again, and tell whoever waits for it.
+            logger.exception("getting ready for the first adapter failed")
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._next() is not None)

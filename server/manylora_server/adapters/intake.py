@@ -1,7 +1,12 @@
-"""From an adapter's files to a revision in the store: checked against the base, and measured."""
+"""From an adapter's files to a revision in the store: checked against the base, and measured.
+
+The compiler imports PEFT, which takes seconds, so it is imported when an adapter first needs it, or
+by ``warm_up`` before that: a server without one to compile starts without.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,8 +18,6 @@ from manylora_server.core.store_errors import store_errors_translated
 from manylora_server.model.host_copy import host_copy
 from manylora_store.checkpoint.folder import AdapterFiles
 from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
-from manylora_store.compiler.compile import compile_adapter
-from manylora_store.errors import UnknownRevisionError
 from manylora_store.intake.names import AdapterNameError, check_name
 from manylora_store.intake.open import open_staged
 from manylora_store.intake.sources import fetch
@@ -54,6 +57,11 @@ class Intake:
         self._dtype = dtype
         self._pinned = device.type == "cuda"
 
+    @staticmethod
+    def warm_up() -> None:
+        """Import what the first adapter would have to wait for."""
+        import manylora_store.compiler.compile  # noqa: F401
+
     def stage(self) -> Staging:
         """Return a new private folder for files on their way in."""
         with store_errors_translated():
@@ -79,17 +87,17 @@ class Intake:
                 or known.receipt is None
             ):
                 return None
-            try:
-                return self.store.point(name, files.digest, files.source)
-            except UnknownRevisionError:
-                # Removed by somebody since the question; the files are still at hand.
-                return None
+            # With its files, which mends what may have become of the stored ones.
+            record = replace(known, source=files.source, created_at=time.time())
+            return self.store.publish(name, files, record)
 
     def examine(self, files: AdapterFiles) -> tuple[CompiledAdapter, Measurement]:
         """Compile ``files`` for the base and get its comparison with PEFT ready.
 
         Raises ``AdapterRefusedError``.
         """
+        from manylora_store.compiler.compile import compile_adapter
+
         with store_errors_translated(param="files"):
             compiled = compile_adapter(files, self._layout)
             return compiled, self._meter.prepare(files.path, compiled)
@@ -125,6 +133,8 @@ class Intake:
 
     def load(self, digest: str) -> CompiledAdapter:
         """Read a stored revision as host memory keeps it. Raises ``AdapterLoadError`` causes."""
+        from manylora_store.compiler.compile import compile_adapter
+
         with self.store.files(digest) as files:
             compiled = compile_adapter(files, self._layout)
         return host_copy(compiled, self._dtype, pinned=self._pinned)

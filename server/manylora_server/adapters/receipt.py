@@ -14,17 +14,19 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from manylora_server.adapters.canary import OwnRoute, canary_prompts, own_route
-from manylora_server.adapters.reference import PeftRoute, peft_route
 from manylora_server.model.base_view import BaseView
 from manylora_server.model.loader import LoadedModel
 from manylora_server.model.self_test import SelfTestResult
 from manylora_store.compiler.canonical import CompiledAdapter
 from manylora_store.errors import AdapterInvalidError
+
+if TYPE_CHECKING:
+    from manylora_server.adapters.reference import PeftRoute
 
 # Of the range of PEFT's logits; the self-test at load allows the base as much.
 _MOST_IN_FLOAT32 = 1e-3
@@ -92,6 +94,9 @@ class ReceiptMeter:
             AdapterInvalidError: PEFT cannot load it, or it holds a value that is not finite in the
                 base's dtype.
         """
+        # PEFT takes seconds to import, and a server to which nobody brings adapters needs none.
+        from manylora_server.adapters.reference import peft_route
+
         start = time.perf_counter()
         base = self._own_route(None) if self.base_logits is None else None
         try:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -18,6 +17,8 @@ from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake, checked_name
 from manylora_server.adapters.memory import give_memory_back
+from manylora_server.adapters.name_locks import NameLocks
+from manylora_server.adapters.pins import EngineTasks, Pins
 from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.status import TIERS, AdapterStatus, Tier
 from manylora_server.core.blocking import in_thread
@@ -26,7 +27,7 @@ from manylora_server.core.errors import (
     AdapterInUseError,
     InvalidRequestError,
 )
-from manylora_server.core.observer import EngineState
+from manylora_server.core.observer import EngineObserver, EngineState
 from manylora_server.core.store_errors import store_errors_translated
 from manylora_store.intake.staging import Staging
 from manylora_store.records import AdapterRecord, Publication
@@ -35,13 +36,6 @@ ResultT = TypeVar("ResultT")
 
 _PAGE = 200
 _DRAIN_POLL_S = 0.02
-
-
-class EngineTasks(Protocol):
-    """The engine's thread, as far as this module needs it; see ``engine.AsyncEngine``."""
-
-    def run(self, task: Callable[[], ResultT]) -> Future[ResultT]:
-        """Run ``task`` between two steps."""
 
 
 class AdapterService:
@@ -58,6 +52,7 @@ class AdapterService:
         host: HostTier,
         engine: EngineTasks,
         engine_state: Callable[[], EngineState],
+        observer: EngineObserver,
     ) -> None:
         self._catalog = catalog
         self._store = catalog.store
@@ -66,9 +61,10 @@ class AdapterService:
         self._host = host
         self._engine = engine
         self._engine_state = engine_state
+        self._observer = observer
         self._started = time.monotonic()
-        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._pinning = asyncio.Lock()
+        self._names = NameLocks(catalog)
+        self._pins = Pins(catalog, residency, engine)
         self._tasks: set[asyncio.Task[None]] = set()
         # Checks need tensors: one thread, with one OpenMP thread (decision 5).
         self._examiner = ThreadPoolExecutor(
@@ -93,13 +89,13 @@ class AdapterService:
         checked_name(name)
         intake = self._intake
         files = await in_thread(intake.open, staging, name, source)
-        async with self._changing(name):
+        async with self._names.changing(name):
             publication = await in_thread(intake.point, name, files)
         if publication is None:
             compiled, measured = await self._examine(lambda: intake.examine(files))
             for step in measured.steps:
                 await asyncio.wrap_future(self._engine.run(partial(intake.measure, step)))
-            async with self._changing(name):
+            async with self._names.changing(name):
                 publication = await in_thread(intake.publish, name, files, compiled, measured)
         await self._moved(publication)
         return self._status(publication.record)
@@ -114,7 +110,7 @@ class AdapterService:
     async def remove(self, name: str, *, drain: bool) -> None:
         """Forget ``name`` and its revisions; with ``drain``, once its requests have ended."""
         await self._record(name)
-        async with self._changing(name):
+        async with self._names.changing(name):
             self._catalog.begin_removal(name, drain=drain)
         try:
             while self._catalog.in_use(name):
@@ -136,7 +132,7 @@ class AdapterService:
         record = await self._record(name)
         self._catalog.check_base(name, record.base_fingerprint)
         if pin is not None and pin != record.pinned:
-            record = await self._pin(name, pin)
+            record = await self._pins.set(name, pin)
         digest = record.digest
         loading = await asyncio.wrap_future(self._engine.run(lambda: self._residency.load(digest)))
         await asyncio.wrap_future(loading)
@@ -169,12 +165,12 @@ class AdapterService:
         record = await self._record(name)
         if pinned:
             self._catalog.check_base(name, record.base_fingerprint)
-        await self._pin(name, pinned)
+        await self._pins.set(name, pinned)
         return await self.describe(name)
 
     async def rollback(self, name: str, digest: str) -> AdapterStatus:
         """Point ``name`` at an earlier revision of its history."""
-        async with self._changing(name):
+        async with self._names.changing(name):
             with store_errors_translated(param="digest"):
                 found = await in_thread(self._store.resolve, name, digest)
             self._catalog.check_base(name, found.base_fingerprint)
@@ -210,11 +206,9 @@ class AdapterService:
 
     async def stats(self) -> dict[str, Any]:
         """Return how many adapters are where, and how much room there is."""
-        with store_errors_translated():
-            registered = await in_thread(self._store.count)
         return {
             "adapters": {
-                "registered": registered,
+                "registered": await self._count(),
                 "host": len(self._host),
                 "host_bytes": self._host.bytes,
                 "host_bytes_limit": self._host.max_bytes,
@@ -229,21 +223,19 @@ class AdapterService:
             },
         }
 
+    async def _count(self) -> int:
+        """Return how many names are registered, and tell the observer."""
+        with store_errors_translated():
+            count = await in_thread(self._store.count)
+        self._observer.on_registered(count)
+        return count
+
     async def _examine(self, work: Callable[[], ResultT]) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._examiner, work)
 
     async def _record(self, name: str) -> AdapterRecord:
         with store_errors_translated(param="name"):
             return await in_thread(self._store.get, name)
-
-    def _lock(self, name: str) -> asyncio.Lock:
-        lock = self._locks.get(name)
-        if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
-        return lock
-
-    def _changing(self, name: str) -> _Changing:
-        return _Changing(self._lock(name), self._catalog, name)
 
     def _status(self, record: AdapterRecord) -> AdapterStatus:
         tier: Tier = "disk"
@@ -256,12 +248,13 @@ class AdapterService:
     async def _forget(self, name: str) -> None:
         """Remove a name that is not in use, and what it alone kept in memory."""
         try:
-            async with self._lock(name):
+            async with self._names.lock(name):
                 with store_errors_translated(param="name"):
                     removed = await in_thread(self._store.remove, name)
         finally:
             self._catalog.end_removal(name)
-        await self._refresh_pins()
+        await self._count()
+        await self._pins.refresh()
         for digest in removed:
             self._catalog.retire(digest)
         await in_thread(give_memory_back)
@@ -269,64 +262,17 @@ class AdapterService:
     async def _moved(self, publication: Publication) -> None:
         """Let the revision that a name has left go, once nobody uses it."""
         record = publication.record
+        await self._count()
         self._catalog.restore(record.digest)
         previous = publication.previous
         if previous is None:
             return
         if record.pinned:
-            await self._refresh_pins()
+            await self._pins.refresh()
         with store_errors_translated():
             named = await in_thread(self._store.current_names, previous)
         if not named:
             self._catalog.retire(previous)
 
-    async def _pin(self, name: str, pinned: bool) -> AdapterRecord:
-        async with self._pinning:
-            if pinned:
-                await self._check_pins(name)
-            with store_errors_translated(param="name"):
-                record = await in_thread(self._store.set_pinned, name, pinned)
-        await self._refresh_pins()
-        return record
-
-    async def _check_pins(self, name: str) -> None:
-        with store_errors_translated():
-            pinned = await in_thread(self._store.pinned)
-        others = {digest for other, digest in pinned if other != name}
-        slots = len(self._residency.slots)
-        if len(others) + 1 >= slots:
-            raise AdapterConflictError(
-                f"name: {len(others)} adapters are pinned to the {slots} slots already, and one "
-                "slot must stay for the others; unpin one, or start the server with more "
-                "--adapter-slots.",
-                param="name",
-            )
-
-    async def _refresh_pins(self) -> None:
-        """Have the engine keep, and bring to the device, what is pinned now."""
-        digests = await in_thread(self._catalog.pinned)
-        await asyncio.wrap_future(self._engine.run(lambda: self._residency.pin(digests)))
-
     def _drop(self, digest: str) -> None:
         self._engine.run(lambda: self._residency.drop(digest))
-
-
-class _Changing:
-    """Holds a name's lock, where the name is not being removed."""
-
-    def __init__(self, lock: asyncio.Lock, catalog: AdapterCatalog, name: str) -> None:
-        self._lock = lock
-        self._catalog = catalog
-        self._name = name
-
-    async def __aenter__(self) -> None:
-        await self._lock.acquire()
-        if self._catalog.removing(self._name):
-            self._lock.release()
-            raise AdapterConflictError(
-                f"name: adapter {self._name!r} is being removed; try again once it is gone.",
-                param="name",
-            )
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()

@@ -142,6 +142,10 @@ class PrometheusMetrics:
         """Take note of an adapter that lost its device slot to another."""
         self._evictions.inc()
 
+    def on_registered(self, count: int) -> None:
+        """Take note of how many names are registered now; all of them are on disk."""
+        self._residency.labels("disk").set(count)
+
 
 def _histogram(
     registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]

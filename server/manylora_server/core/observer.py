@@ -67,6 +67,9 @@ class EngineObserver(Protocol):
     def on_adapter_eviction(self) -> None:
         """Take note of an adapter that lost its device slot to another."""
 
+    def on_registered(self, count: int) -> None:
+        """Take note of how many names are registered now, wherever their adapters are."""
+
 
 class NullObserver:
     """Watches nothing; for engines without metrics."""
@@ -90,4 +93,7 @@ class NullObserver:
         """Ignore."""
 
     def on_adapter_eviction(self) -> None:
+        """Ignore."""
+
+    def on_registered(self, count: int) -> None:
         """Ignore."""

@@ -15,14 +15,10 @@ from typing import TypeVar
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.intake import Intake
 from manylora_server.adapters.service import AdapterService
-from manylora_server.core.errors import (
-    ContextLengthError,
-    InvalidRequestError,
-    NotReadyError,
-    OverloadedError,
-)
+from manylora_server.core.errors import NotReadyError
 from manylora_server.core.types import AdapterChoice, FinishReason, Request, RequestOutput
 from manylora_server.engine.engine import Engine
+from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.tokenizer import Tokenizer
 
@@ -32,16 +28,6 @@ ResultT = TypeVar("ResultT")
 
 # A step with nothing to compute is tried again after this; what it waits for wakes it earlier.
 _STALLED_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What a request must fit: tokens of prompt and output together, and requests unfinished."""
-
-    max_model_len: int
-    max_cached_tokens: int
-    vocab_size: int
-    max_unfinished: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +72,7 @@ class AsyncEngine:
         residency = engine.residency
         residency.host.on_loaded = self.wake
         self.adapter_service = AdapterService(
-            adapters, intake, residency, residency.host, self, lambda: engine.state
+            adapters, intake, residency, residency.host, self, lambda: engine.state, engine.observer
         )
 
     @property
@@ -124,30 +110,7 @@ class AsyncEngine:
         """Raise the ``ManyloraError`` for which ``request`` could not be accepted now, if any."""
         if not self.ready:
             raise NotReadyError("the server is starting or shutting down; try again later.")
-        prompt = len(request.prompt_token_ids)
-        if prompt == 0:
-            raise InvalidRequestError(
-                "prompt: it holds no tokens; at least one is needed.", param="prompt"
-            )
-        wanted = request.sampling.max_tokens
-        limits = self.limits
-        if prompt + wanted > limits.max_model_len:
-            raise ContextLengthError(
-                f"prompt and max_tokens: {prompt} prompt tokens and {wanted} new ones make "
-                f"{prompt + wanted}; the model's context is {limits.max_model_len} tokens.",
-                param="max_tokens" if prompt < limits.max_model_len else "prompt",
-            )
-        if prompt + wanted > limits.max_cached_tokens:
-            raise ContextLengthError(
-                f"prompt and max_tokens: {prompt + wanted} tokens do not fit the KV cache of "
-                f"{limits.max_cached_tokens} tokens; ask for fewer, or start the server with a "
-                "larger --kv-cache-memory.",
-                param="max_tokens",
-            )
-        if self.unfinished >= limits.max_unfinished:
-            raise OverloadedError(
-                f"{limits.max_unfinished} requests are running or waiting; try again later."
-            )
+        self.limits.check(request, self.unfinished)
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """Run ``request`` and yield its outputs as they come; the last has a finish reason.
@@ -199,6 +162,10 @@ class AsyncEngine:
                 return future
         work()
         return future
+
+    def warm_up(self) -> None:
+        """Get ready, in the background, for the first adapter."""
+        self._engine.residency.host.start()
 
     def wake(self) -> None:
         """Let the thread look again at what it waits for."""

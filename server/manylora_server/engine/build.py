@@ -17,9 +17,10 @@ from manylora_server.adapters.residency import Residency
 from manylora_server.core.config import EngineConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
 from manylora_server.core.observer import EngineObserver
-from manylora_server.engine.async_engine import AsyncEngine, EngineLimits
+from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.engine.engine import Engine
 from manylora_server.engine.kv_blocks import KVBlocks
+from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
@@ -57,7 +58,8 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
     if model_config.cache_dir is None:
         model_config = replace(model_config, cache_dir=config.home / "quantized")
     loaded = load_model(model_config)
-    select_compiled_backends()
+    if loaded.quantization == "nf4":
+        select_compiled_backends()
     tested = run_self_test(loaded.model, loaded.vocab_size, loaded.dtype, loaded.device)
     logger.info("self-test passed: largest relative logit error %.1e", tested.error)
     store = open_store(config)
@@ -135,9 +137,11 @@ def assemble(
     host_bytes = config.adapter_host_bytes
     if host_bytes is None:
         host_bytes = int(psutil.virtual_memory().available * _HOST_SHARE)
-    residency = Residency(slots, HostTier(intake.load, host_bytes, observer), observer)
+    host = HostTier(intake.load, host_bytes, observer, intake.warm_up)
+    residency = Residency(slots, host, observer)
     catalog = AdapterCatalog(intake.store, intake.base_fingerprint)
     residency.pin(catalog.pinned())
+    observer.on_registered(len(catalog))
     engine = Engine(
         runner=ModelRunner(loaded.model, cache, loaded.dtype, loaded.device),
         blocks=blocks,

@@ -69,7 +69,7 @@ class Engine:
         self._decoder = decoder
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
-        self._observer = observer or NullObserver()
+        self.observer = observer or NullObserver()
         self.residency = residency
         self.scheduler = Scheduler(blocks, residency, config.max_batch_tokens, config.max_sequences)
         self._live: dict[str, _Live] = {}
@@ -147,7 +147,7 @@ class Engine:
         seconds = time.perf_counter() - start
         self.residency.note_step(seconds)
         preempted = self.scheduler.preemptions - preemptions
-        self._observer.on_step(
+        self.observer.on_step(
             StepStats(
                 seconds=seconds,
                 batch_tokens=sum(scheduled.count for scheduled in plan),
@@ -259,7 +259,7 @@ class Engine:
             text += rest.text
             if rest.stop is not None and reason is FinishReason.LENGTH:
                 reason, stop_reason = FinishReason.STOP, rest.stop
-        self._observer.on_finish(
+        self.observer.on_finish(
             FinishedRequest(
                 adapter=None if request.adapter is None else request.adapter.name,
                 finish_reason=reason,
@@ -286,15 +286,15 @@ class Engine:
         request = live.sequence.request
         adapter = None if request.adapter is None else request.adapter.name
         if live.last_token_time is None:
-            self._observer.on_first_token(adapter, now - request.arrival)
+            self.observer.on_first_token(adapter, now - request.arrival)
         else:
-            self._observer.on_inter_token(adapter, now - live.last_token_time)
+            self.observer.on_inter_token(adapter, now - live.last_token_time)
         live.last_token_time = now
 
     def report_state(self) -> None:
         """Tell the observer what is held now. ``step`` does; call it when steps stop."""
         self.state = self._look()
-        self._observer.on_state(self.state)
+        self.observer.on_state(self.state)
 
     def _look(self) -> EngineState:
         blocks = self.scheduler.blocks

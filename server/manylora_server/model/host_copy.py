@@ -13,8 +13,11 @@ from manylora_store.compiler.canonical import CompiledAdapter, ModulePatch
 def host_copy(compiled: CompiledAdapter, dtype: torch.dtype, *, pinned: bool) -> CompiledAdapter:
     """Return ``compiled`` with every tensor in ``dtype`` (page-locked if ``pinned``).
 
+    The compiler's tensors are contiguous and in float32, so for that dtype nothing is to be done.
     Raises ``OverflowError`` if a value is beyond the range of ``dtype``.
     """
+    if dtype == torch.float32 and not pinned:
+        return compiled
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
         cast = tensor.to(dtype).contiguous()

@@ -71,10 +71,12 @@ def load_model(config: ModelConfig) -> LoadedModel:
         raise StartupError(f"MODEL {config.model!r}: cannot be loaded: {error}") from error
     model.eval()
     model.requires_grad_(False)
-    replaced = replace_4bit_linears(model, dtype)
-    experts = 0
-    if replaced or config.quantization == "nf4":
-        experts = quantize_experts(model)
+    replaced = experts = 0
+    # bitsandbytes takes a second to import; a dense base needs none of it.
+    if "bitsandbytes" in sys.modules or config.quantization == "nf4":
+        replaced = replace_4bit_linears(model, dtype)
+        if replaced or config.quantization == "nf4":
+            experts = quantize_experts(model)
     logger.info(
         "loaded %s (%s) on %s as %s: %d linear layers in 4 bits, %d expert layers in 4 bits",
         config.model,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import stat
+import tracemalloc
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -337,3 +340,27 @@ def test_files_of_an_unknown_revision_are_refused(store: AdapterStore, tmp_path:
     digest = digest_of(1, tmp_path)
     with pytest.raises(UnknownRevisionError, match=digest), store.files(digest):
         pytest.fail("there is no such revision")
+
+
+def test_an_open_store_holds_nothing_of_what_is_registered(tmp_path: Path) -> None:
+    def bytes_held(folder: Path) -> int:
+        with closing(AdapterStore(folder)) as store:
+            names = [name for name, _, _ in store.names()]
+            tracemalloc.start()
+            for name in [*names, "unknown"]:
+                with suppress(UnknownAdapterError):
+                    store.resolve(name)
+            store.list(limit=1000)
+            store.sweep()
+            gc.collect()
+            held, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            return held
+
+    for folder, count in (("few", 1), ("many", 201)):
+        with closing(AdapterStore(tmp_path / folder)) as store:
+            for seed in range(count):
+                publish(store, f"name-{seed}", seed)
+    # The first of them pays for the statements.
+    bytes_held(tmp_path / "few")
+    assert bytes_held(tmp_path / "many") - bytes_held(tmp_path / "few") < 200 * 500

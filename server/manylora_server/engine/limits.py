@@ -1,0 +1,44 @@
+"""What a request must fit to be accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manylora_server.core.errors import ContextLengthError, InvalidRequestError, OverloadedError
+from manylora_server.core.types import Request
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Tokens of prompt and output together, and requests unfinished at the same time."""
+
+    max_model_len: int
+    max_cached_tokens: int
+    vocab_size: int
+    max_unfinished: int
+
+    def check(self, request: Request, unfinished: int) -> None:
+        """Raise the ``ManyloraError`` for which ``request`` cannot be accepted, if any."""
+        prompt = len(request.prompt_token_ids)
+        if prompt == 0:
+            raise InvalidRequestError(
+                "prompt: it holds no tokens; at least one is needed.", param="prompt"
+            )
+        wanted = request.sampling.max_tokens
+        if prompt + wanted > self.max_model_len:
+            raise ContextLengthError(
+                f"prompt and max_tokens: {prompt} prompt tokens and {wanted} new ones make "
+                f"{prompt + wanted}; the model's context is {self.max_model_len} tokens.",
+                param="max_tokens" if prompt < self.max_model_len else "prompt",
+            )
+        if prompt + wanted > self.max_cached_tokens:
+            raise ContextLengthError(
+                f"prompt and max_tokens: {prompt + wanted} tokens do not fit the KV cache of "
+                f"{self.max_cached_tokens} tokens; ask for fewer, or start the server with a "
+                "larger --kv-cache-memory.",
+                param="max_tokens",
+            )
+        if unfinished >= self.max_unfinished:
+            raise OverloadedError(
+                f"{self.max_unfinished} requests are running or waiting; try again later."
+            )
