@@ -52,6 +52,12 @@ def describe(
 ) -> BaseLayout:
     """Return the layout of ``model`` with ``specs``, before any module is wrapped."""
     originals = {name: model.get_submodule(name) for name in specs}
+    # The tensors and not the modules: while a step computes an adapter's rows, a module's own
+    # parameters are swapped for the adapter's, and another thread may be compiling meanwhile.
+    parameters = {
+        name: {key: value.detach() for key, value in module.named_parameters(recurse=False)}
+        for name, module in originals.items()
+    }
 
     def weight_of(name: str, parameter: str) -> torch.Tensor:
         module = originals[name]
@@ -59,7 +65,10 @@ def describe(
             return module.weight_nf4.dequantize().cpu()
         if isinstance(module, PackedLinear) and parameter == "weight":
             return module.dense_weight()
-        tensor: torch.Tensor = getattr(module, parameter).detach()
+        tensor: torch.Tensor | None = parameters[name].get(parameter)
+        if tensor is None:
+            # Packed layers keep a bias as a plain attribute, which nothing swaps.
+            tensor = getattr(module, parameter).detach()
         if parameter == "weight" and isinstance(module, Conv1D):
             tensor = tensor.t()
         return tensor.float().cpu()
