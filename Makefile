@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes, a file of tests to one of them at a time; the tests themselves run on one thread.
 PYTEST_FLAGS ?= -n 2 --dist loadfile
-SOURCES := kernels adapters_store server tests loadtests
+SOURCES := setup.py kernels adapters_store server tests loadtests
+NATIVE := kernels/manylora_kernels/native/src
 
-.PHONY: demo test lint gpu-test wheel clean
+.PHONY: demo test lint native sanitize gpu-test wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/manylora demo $(DEMO_FLAGS)
@@ -19,6 +20,22 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+# The compiled CPU kernels of a checkout; an install has them already where it found a compiler.
+native: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet 'setuptools>=77'
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# The native tests over a build that traps out-of-bounds accesses and undefined behaviour. The
+# runtime has to come before Python, and leaks of the interpreter's own are none of ours.
+sanitize: $(VENV)/.installed-dev
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fPIC -shared -ffp-contract=off -fno-omit-frame-pointer \
+		-fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		-o build/sanitized.so $(NATIVE)/*.cpp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 MANYLORA_NATIVE_LIBRARY=$(CURDIR)/build/sanitized.so \
+		$(BIN)/python -m pytest $(wildcard tests/ops/test_native_*.py) $(PYTEST_FLAGS)
+
 # Runs with $(PYTHON) as it is, installing nothing: a GPU machine brings its own torch. What it
 # lacks may lie in a folder named by PYTHONPATH.
 gpu-test:
@@ -29,7 +46,7 @@ wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist kernels/manylora_kernels/native/_cpu*.so
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"manylora needs Python 3.11 to 3.13, and {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'

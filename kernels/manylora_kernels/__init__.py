@@ -6,7 +6,14 @@ by the backend that ``backends.select`` chose for it; ``reference`` is plain PyT
 
 from manylora_kernels.backends import available_backends, select_backend, selected_backend
 from manylora_kernels.nf4 import NF4Weight
-from manylora_kernels.ops import lora_delta_, nf4_linear, paged_attention, scale_shift_, store_kv_
+from manylora_kernels.ops import (
+    lora_delta_,
+    nf4_linear,
+    paged_attention,
+    prepare_nf4,
+    scale_shift_,
+    store_kv_,
+)
 from manylora_kernels.segments import RankExtent, RankSegments, Segment, SegmentMap
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "lora_delta_",
     "nf4_linear",
     "paged_attention",
+    "prepare_nf4",
     "scale_shift_",
     "select_backend",
     "selected_backend",

@@ -13,9 +13,7 @@ from manylora_kernels.backends import active
 
 _SCHEMAS = {
     "nf4_linear": (
-        "(Tensor x, Tensor packed, Tensor code, Tensor absmax, Tensor? absmax_code, "
-        "Tensor? absmax_scale, float absmax_offset, int absmax_block_size, int out_features, "
-        "int block_size, str quant_type, Tensor? bias) -> Tensor"
+        "(Tensor x, Tensor[] weight, int[] form, float absmax_offset, Tensor? bias) -> Tensor"
     ),
     "lora_delta_": (
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor segments, Tensor weights, "
@@ -50,19 +48,12 @@ for _name, _schema in _SCHEMAS.items():
 @torch.library.register_fake("manylora::nf4_linear", lib=_library)
 def _nf4_linear_fake(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax_code: torch.Tensor | None,
-    absmax_scale: torch.Tensor | None,
+    weight: list[torch.Tensor],
+    form: list[int],
     absmax_offset: float,
-    absmax_block_size: int,
-    out_features: int,
-    block_size: int,
-    quant_type: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], out_features)
+    return x.new_empty(x.shape[0], form[0])
 
 
 @torch.library.register_fake("manylora::lora_delta_", lib=_library)

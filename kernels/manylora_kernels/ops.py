@@ -6,8 +6,11 @@ import torch
 
 import manylora_kernels.library
 import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
+from manylora_kernels.backends import selected_backend
+from manylora_kernels.native import NATIVE
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.segments import RankSegments
+from manylora_kernels.tiles import tile
 
 
 def nf4_linear(
@@ -18,24 +21,23 @@ def nf4_linear(
     ``x``: ``[T, in]`` of any floating dtype; the result ``[T, out]`` has ``x``'s dtype. Sums are
     at least in ``x``'s precision.
     """
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     if x.dim() != 2 or x.shape[1] != in_features:
         raise ValueError(f"x must be [T, {in_features}], got {tuple(x.shape)}")
     result: torch.Tensor = torch.ops.manylora.nf4_linear(
-        x,
-        weight.packed,
-        weight.code,
-        weight.absmax,
-        weight.absmax_code,
-        weight.absmax_scale,
-        weight.absmax_offset,
-        weight.absmax_block_size,
-        out_features,
-        weight.block_size,
-        weight.quant_type,
-        bias,
+        x, weight.tensors, weight.form, weight.absmax_offset, bias
     )
     return result
+
+
+def prepare_nf4(weight: NF4Weight) -> NF4Weight:
+    """Return ``weight`` in the layout that the selected backend of ``nf4_linear`` wants.
+
+    Once, at load: it replaces the given one. ``weight`` itself where it is best as it is.
+    """
+    if selected_backend("nf4_linear") != NATIVE or weight.packed.device.type != "cpu":
+        return weight
+    return tile(weight) or weight
 
 
 def lora_delta_(

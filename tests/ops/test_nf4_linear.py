@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
-from manylora_kernels import NF4Weight, nf4_linear, select_backend, selected_backend
+from manylora_kernels import (
+    available_backends,
+    nf4_linear,
+    prepare_nf4,
+    select_backend,
+    selected_backend,
+)
+from support.nf4 import quantize, unpack, unpacked
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WHOLE_ROWS = [(5, 64), (1, 128), (33, 192), (300, 64)]
 # Blocks of 64 straddle these rows; the last two have an odd number of weights.
 STRADDLING = [(7, 96), (4, 172), (6, 100), (260, 96), (3, 5), (9, 7)]
 SHAPES = WHOLE_ROWS + STRADDLING
-BACKENDS = ["reference", "bitsandbytes"]
+BACKENDS = list(available_backends("nf4_linear"))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -27,55 +32,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     select_backend("nf4_linear", request.param)
     yield request.param
     select_backend("nf4_linear", before)
-
-
-def quantize(
-    shape: tuple[int, int], kind: str = "nf4", *, double: bool = True, block_size: int = 64
-) -> tuple[NF4Weight, Any]:
-    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
-    weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-    packed, state = bnb.quantize_4bit(
-        weight, quant_type=kind, compress_statistics=double, blocksize=block_size
-    )
-    nested = state.state2 if double else None
-    ours = NF4Weight(
-        packed=packed,
-        code=state.code,
-        absmax=state.absmax,
-        shape=shape,
-        block_size=block_size,
-        quant_type=kind,
-        absmax_code=nested.code if nested else None,
-        absmax_scale=nested.absmax if nested else None,
-        absmax_offset=float(state.offset) if nested else 0.0,
-        absmax_block_size=nested.blocksize if nested else 256,
-    )
-    return ours, state
-
-
-@cache
-def unpacked(shape: tuple[int, int]) -> torch.Tensor:
-    """The weight that ``quantize(shape)`` returns, unpacked."""
-    return unpack(quantize(shape)[0])
-
-
-def unpack(weight: NF4Weight) -> torch.Tensor:
-    """The module docstring's equations, one weight at a time, in float64."""
-    packed, code = weight.packed.reshape(-1).tolist(), weight.code.double().tolist()
-    absmax = weight.absmax.tolist()
-    if weight.absmax_code is not None and weight.absmax_scale is not None:
-        codes, scales = weight.absmax_code.tolist(), weight.absmax_scale.tolist()
-        absmax = [
-            codes[q] * scales[j // weight.absmax_block_size] + weight.absmax_offset
-            for j, q in enumerate(absmax)
-        ]
-    rows, columns = weight.shape
-    flat = []
-    for index in range(rows * columns):
-        byte = packed[index // 2]
-        nibble = byte >> 4 if index % 2 == 0 else byte & 15
-        flat.append(code[nibble] * absmax[index // weight.block_size])
-    return torch.tensor(flat, dtype=torch.float64).view(rows, columns)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -116,7 +72,9 @@ def test_block_sizes(backend: str, block_size: int) -> None:
     weight, _ = quantize((70, 256), block_size=block_size)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     expected = x.double() @ unpack(weight).t()
-    torch.testing.assert_close(nf4_linear(x, weight).double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        nf4_linear(x, prepare_nf4(weight)).double(), expected, atol=2e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,7 +89,7 @@ def test_linear_equals_the_equation(
     bias = torch.randn(shape[0], generator=generator).to(dtype)
     dense = unpacked(shape)
     for given in (None, bias):
-        got = nf4_linear(x, weight, given)
+        got = nf4_linear(x, prepare_nf4(weight), given)
         assert (got.shape, got.dtype) == ((tokens, shape[0]), dtype)
         expected = x.double() @ dense.t()
         size = x.double().abs() @ dense.abs().t()
@@ -153,14 +111,15 @@ def test_backends_agree(shape: tuple[int, int], double: bool, kind: str) -> None
     try:
         for name in BACKENDS:
             select_backend("nf4_linear", name)
-            results.append(nf4_linear(x, weight))
+            results.append(nf4_linear(x, prepare_nf4(weight)))
     finally:
         select_backend("nf4_linear", before)
-    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, atol=1e-6, rtol=1e-6)
 
 
 def test_the_packed_weight_is_never_written_to(backend: str) -> None:
-    weight, _ = quantize((33, 192))
+    weight = prepare_nf4(quantize((33, 192))[0])
     tensors = [weight.packed, weight.code, weight.absmax, weight.absmax_code, weight.absmax_scale]
     before = [tensor.clone() for tensor in tensors if tensor is not None]
     for _ in range(2):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
@@ -19,27 +18,15 @@ from manylora_kernels import (
     select_backend,
     selected_backend,
 )
+from support.nf4 import quantize
 
 OPERATIONS = ["lora_delta_", "nf4_linear", "paged_attention", "scale_shift_", "store_kv_"]
 
 
 def nf4_arguments(double: bool, bias: bool) -> tuple[Any, ...]:
-    packed, state = bnb.quantize_4bit(torch.randn(5, 96), compress_statistics=double)
-    nested = state.state2 if double else None
-    return (
-        torch.randn(3, 96),
-        packed,
-        state.code,
-        state.absmax,
-        nested.code if nested else None,
-        nested.absmax if nested else None,
-        float(state.offset) if nested else 0.0,
-        256,
-        5,
-        64,
-        "nf4",
-        torch.randn(5) if bias else None,
-    )
+    weight, _ = quantize((5, 96), double=double)
+    x, given = torch.randn(3, 96), torch.randn(5) if bias else None
+    return x, weight.tensors, weight.form, weight.absmax_offset, given
 
 
 def delta_arguments(tokens: int) -> tuple[Any, ...]:

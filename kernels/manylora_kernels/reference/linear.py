@@ -6,6 +6,8 @@ server imports it; nothing is imported from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -15,100 +17,55 @@ from manylora_kernels.nf4 import NF4Weight
 BITSANDBYTES = "bitsandbytes"
 
 
-def _weight(
-    packed: torch.Tensor,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax_code: torch.Tensor | None,
-    absmax_scale: torch.Tensor | None,
-    absmax_offset: float,
-    absmax_block_size: int,
-    shape: tuple[int, int],
-    block_size: int,
-    quant_type: str,
-) -> NF4Weight:
-    return NF4Weight(
-        packed=packed,
-        code=code,
-        absmax=absmax,
-        shape=shape,
-        block_size=block_size,
-        quant_type=quant_type,
-        absmax_code=absmax_code,
-        absmax_scale=absmax_scale,
-        absmax_offset=absmax_offset,
-        absmax_block_size=absmax_block_size,
-    )
-
-
 @register("nf4_linear", REFERENCE)
 def nf4_linear(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax_code: torch.Tensor | None,
-    absmax_scale: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    form: Sequence[int],
     absmax_offset: float,
-    absmax_block_size: int,
-    out_features: int,
-    block_size: int,
-    quant_type: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``ops.nf4_linear``: materialises ``W`` and multiplies."""
-    weight = _weight(
-        packed,
-        code,
-        absmax,
-        absmax_code,
-        absmax_scale,
-        absmax_offset,
-        absmax_block_size,
-        (out_features, x.shape[1]),
-        block_size,
-        quant_type,
-    )
-    return F.linear(x, weight.dequantize(x.dtype), bias)
+    whole = NF4Weight.from_parts(weight, form, absmax_offset, x.shape[1])
+    return F.linear(x, whole.dequantize(x.dtype), bias)
 
 
 @register("nf4_linear", BITSANDBYTES)
 def nf4_linear_bitsandbytes(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    code: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax_code: torch.Tensor | None,
-    absmax_scale: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    form: Sequence[int],
     absmax_offset: float,
-    absmax_block_size: int,
-    out_features: int,
-    block_size: int,
-    quant_type: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """As the reference, with ``W`` unpacked by bitsandbytes' compiled operator.
 
     The CPU operator of bitsandbytes 0.50 is wrong where blocks straddle rows (a row of 96 weights
-    in blocks of 64, for one), so such weights are unpacked by the reference.
+    in blocks of 64, for one), and knows no tiles, so such weights are unpacked by the reference.
     """
-    shape = (out_features, x.shape[1])
-    weight = _weight(
-        packed,
-        code,
-        absmax,
-        absmax_code,
-        absmax_scale,
-        absmax_offset,
-        absmax_block_size,
-        shape,
-        block_size,
-        quant_type,
-    )
-    if shape[1] % block_size:
-        dense = weight.dequantize(x.dtype)
+    whole = NF4Weight.from_parts(weight, form, absmax_offset, x.shape[1])
+    if whole.tiled or whole.shape[1] % whole.block_size:
+        dense = whole.dequantize(x.dtype)
     else:
         dense = torch.ops.bitsandbytes.dequantize_4bit(
-            packed, weight.block_maxima(), block_size, quant_type, shape, x.dtype
+            whole.packed,
+            whole.block_maxima(),
+            whole.block_size,
+            whole.quant_type,
+            whole.shape,
+            x.dtype,
         )
     return F.linear(x, dense, bias)
+
+
+def nf4_linear_compiled(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: Sequence[int],
+    absmax_offset: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """By bitsandbytes where it has registered its operators, else by the reference."""
+    registered = hasattr(torch.ops.bitsandbytes, "dequantize_4bit")
+    implementation = nf4_linear_bitsandbytes if registered else nf4_linear
+    return implementation(x, weight, form, absmax_offset, bias)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from manylora_kernels import available_backends, select_backend
+from manylora_kernels import native, select_backend
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake
@@ -24,7 +24,7 @@ from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
-from manylora_server.model.loader import LoadedModel, load_model
+from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.runner import ModelRunner
 from manylora_server.model.self_test import SelfTestResult, run_self_test
@@ -57,9 +57,11 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
     model_config = config.model
     if model_config.cache_dir is None:
         model_config = replace(model_config, cache_dir=config.home / "quantized")
+    # Before loading: a backend may want the weights in a layout of its own.
+    select_compiled_backends(resolve_device(model_config.device))
     loaded = load_model(model_config)
     if loaded.quantization == "nf4":
-        select_compiled_backends()
+        _log_4bit_backend(loaded.device)
     tested = run_self_test(loaded.model, loaded.vocab_size, loaded.dtype, loaded.device)
     logger.info("self-test passed: largest relative logit error %.1e", tested.error)
     store = open_store(config)
@@ -171,12 +173,26 @@ def assemble(
     return AsyncEngine(engine, catalog, intake, tokenizer, name, limits, thread)
 
 
-def select_compiled_backends() -> None:
-    """Let bitsandbytes' compiled operator unpack 4-bit weights where the package has one."""
-    if "bitsandbytes" in available_backends("nf4_linear"):
-        import bitsandbytes  # noqa: F401 - registers the operator
+def select_compiled_backends(device: torch.device) -> None:
+    """Let the fastest backend that fits ``device`` compute 4-bit layers.
 
-        select_backend("nf4_linear", "bitsandbytes")
+    bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
+    """
+    usable = device.type == "cpu" and native.missing is None
+    select_backend("nf4_linear", native.NATIVE if usable else "bitsandbytes")
+
+
+def _log_4bit_backend(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    if native.missing is None:
+        logger.info("4-bit layers: native kernels, %s", native.library.isa)
+    else:
+        logger.warning(
+            "4-bit layers: unpacked by bitsandbytes at every step, which is many times slower than "
+            "the native kernels, but %s",
+            native.missing,
+        )
 
 
 def _num_blocks(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manylora_kernels import NF4Weight, nf4_linear
+from manylora_kernels import NF4Weight, nf4_linear, prepare_nf4
 from manylora_server.core.errors import StartupError
 
 
@@ -34,9 +34,12 @@ class NF4Linear(nn.Module):
 
 
 def from_quant_state(packed: torch.Tensor, state: Any, shape: tuple[int, int]) -> NF4Weight:
-    """Return bitsandbytes' packed tensor and ``QuantState`` as an ``NF4Weight``, not copied."""
+    """Return bitsandbytes' packed tensor and ``QuantState`` as an ``NF4Weight``.
+
+    In the layout of the selected backend, which may be a copy: the given one is to be dropped then.
+    """
     nested = state.state2 if state.nested else None
-    return NF4Weight(
+    weight = NF4Weight(
         packed=packed.detach(),
         code=state.code,
         absmax=state.absmax,
@@ -48,6 +51,7 @@ def from_quant_state(packed: torch.Tensor, state: Any, shape: tuple[int, int]) -
         absmax_offset=0.0 if nested is None else float(state.offset),
         absmax_block_size=256 if nested is None else int(nested.blocksize),
     )
+    return prepare_nf4(weight)
 
 
 def replace_4bit_linears(model: nn.Module, compute_dtype: torch.dtype) -> int:

@@ -1,0 +1,193 @@
+"""Times the native 4-bit linear against bitsandbytes' way, the dense product and memory.
+
+    python kernels/bench/nf4_linear.py --threads 2 --json result.json
+
+A shape's speed is printed only if its results passed in this process, immediately before: every
+token count against float64, and one token alone equal to the same token among others. Matrices
+are rotated through more copies than the last-level cache holds, as a model's layers are. A median
+far above the best time means that something else was running: OpenMP waits for its slowest thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+
+from manylora_kernels import NF4Weight, native, nf4_linear, prepare_nf4, select_backend
+
+SHAPES = [(4096, 4096), (11008, 4096), (2048, 768), (768, 2048)]
+TOKENS = [1, 4, 16, 128, 512]
+ROTATED_BYTES = 160 * 1024**2
+READ_FLOATS = 64 * 1024**2
+
+
+def seconds(call: Callable[[int], object], rounds: int) -> tuple[float, float]:
+    """Return the median and the best time of ``call(i)``, ``i`` counting up.
+
+    Over at least ``rounds`` calls and 0.2 s.
+    """
+    for index in range(2):
+        call(index)
+    times: list[float] = []
+    while len(times) < rounds or sum(times) < 0.2:
+        begin = time.perf_counter()
+        call(len(times))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times), min(times)
+
+
+def read_bandwidth() -> float:
+    """Return bytes a second of summing an array far larger than any cache, with torch's threads."""
+    array = torch.ones(READ_FLOATS)
+    return array.numel() * 4 / seconds(lambda _: array.sum(), 9)[0]
+
+
+def quantized(shape: tuple[int, int]) -> NF4Weight:
+    """Return a random weight of ``shape`` in bitsandbytes' own layout."""
+    packed, state = bnb.quantize_4bit(
+        torch.randn(shape) / shape[1] ** 0.5, quant_type="nf4", compress_statistics=True
+    )
+    return NF4Weight(
+        packed=packed,
+        code=state.code,
+        absmax=state.absmax,
+        shape=shape,
+        block_size=state.blocksize,
+        absmax_code=state.state2.code,
+        absmax_scale=state.state2.absmax,
+        absmax_offset=float(state.offset),
+        absmax_block_size=state.state2.blocksize,
+    )
+
+
+def copy_of(weight: NF4Weight) -> NF4Weight:
+    """Return the same weight in memory of its own."""
+    tensors = [tensor.clone() for tensor in weight.tensors]
+    return NF4Weight.from_parts(tensors, weight.form, weight.absmax_offset, weight.shape[1])
+
+
+def complaints(weight: NF4Weight, plain: NF4Weight) -> list[str]:
+    """Return what is wrong with the results for ``weight``; timing needs an empty list."""
+    found = []
+    dense = plain.dequantize().double()
+    x = torch.randn(max(TOKENS), weight.shape[1])
+    expected = x.double() @ dense.t()
+    size = x.double().abs() @ dense.abs().t()
+    whole = nf4_linear(x, weight)
+    for tokens in TOKENS:
+        got = nf4_linear(x[:tokens], weight)
+        error = float(((got.double() - expected[:tokens]).abs() / size[:tokens]).max())
+        if not error < 4e-7:  # NaN is wrong too
+            found.append(f"{tokens} tokens: error {error:.1e} of the sum of magnitudes")
+        if not torch.equal(got, whole[:tokens]):
+            found.append(f"{tokens} tokens: not the bits of the same tokens among {max(TOKENS)}")
+    return found
+
+
+def measure(shape: tuple[int, int], rounds: int) -> list[dict[str, float]]:
+    """Return one row of figures for each number of tokens."""
+    plain = quantized(shape)
+    weight = prepare_nf4(plain)
+    wrong = complaints(weight, plain)
+    if wrong:
+        raise SystemExit(f"{shape}: no speed is given for wrong results:\n  " + "\n  ".join(wrong))
+    copies = max(2, ROTATED_BYTES // weight.bytes)
+    weights = [copy_of(weight) for _ in range(copies)]
+    plains = [copy_of(plain) for _ in range(max(2, copies // 8))]
+    denses = [plain.dequantize()]
+    while len(denses) * shape[0] * shape[1] * 4 < ROTATED_BYTES:
+        denses.append(denses[0].clone())
+    rows = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, shape[1])
+        times = {}
+        select_backend("nf4_linear", native.NATIVE)
+        times["native"] = seconds(lambda i, x=x: nf4_linear(x, weights[i % len(weights)]), rounds)
+        times["dense"] = seconds(lambda i, x=x: F.linear(x, denses[i % len(denses)]), rounds)
+        select_backend("nf4_linear", "bitsandbytes")
+        times["bitsandbytes"] = seconds(
+            lambda i, x=x: nf4_linear(x, plains[i % len(plains)]), max(3, rounds // 4)
+        )
+        select_backend("nf4_linear", native.NATIVE)
+        rows.append(
+            {
+                "out": shape[0],
+                "in": shape[1],
+                "tokens": tokens,
+                "bytes": weight.bytes,
+                **{f"{name}_s": median for name, (median, _) in times.items()},
+                **{f"{name}_best_s": best for name, (_, best) in times.items()},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--isa", help="portable, avx2 or avx512; the best one if not given")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if native.missing is not None:
+        raise SystemExit(f"no native kernels: {native.missing}")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.isa:
+        native.library.select_isa(options.isa)
+    select_backend("nf4_linear", native.NATIVE)
+    bandwidth = read_bandwidth()
+    print(
+        f"{native.library.isa}, {options.threads} threads, torch {torch.__version__}, "
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s",
+        file=sys.stderr,
+    )
+    head = (
+        "out",
+        "in",
+        "tokens",
+        "ms",
+        "GB/s",
+        "of read",
+        "GFLOP/s",
+        "x bnb",
+        "x dense",
+        "best ms",
+    )
+    print("".join(f"{name:>9}" for name in head))
+    rows = []
+    for shape in SHAPES:
+        for row in measure(shape, options.rounds):
+            rate = row["bytes"] / row["native_s"]
+            flops = 2 * row["tokens"] * row["out"] * row["in"] / row["native_s"]
+            print(
+                f"{row['out']:9}{row['in']:9}{row['tokens']:9}{row['native_s'] * 1e3:9.3f}"
+                f"{rate / 1e9:9.2f}{rate / bandwidth:9.2f}{flops / 1e9:9.1f}"
+                f"{row['bitsandbytes_s'] / row['native_s']:9.1f}"
+                f"{row['dense_s'] / row['native_s']:9.2f}{row['native_best_s'] * 1e3:9.3f}",
+                flush=True,
+            )
+            rows.append(row)
+    if options.json:
+        result = {
+            "isa": native.library.isa,
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "read_bytes_per_s": bandwidth,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

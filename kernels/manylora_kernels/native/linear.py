@@ -1,0 +1,77 @@
+"""``nf4_linear`` by the native library."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from manylora_kernels.backends import register
+from manylora_kernels.native.binding import NF4Matrix, load
+from manylora_kernels.nf4 import Form
+from manylora_kernels.reference.linear import nf4_linear_compiled
+from manylora_kernels.tiles import PANEL_ROWS, segment_of
+
+_library = load()
+
+
+@register("nf4_linear", "native")
+def nf4_linear_native(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: Sequence[int],
+    absmax_offset: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """See ``ops.nf4_linear``. Sums in float32, in an order that depends on nothing but the row.
+
+    A weight that is not tiled (``tiles.tile`` says which cannot be), or not on the CPU, is
+    computed by bitsandbytes' operator or the reference.
+    """
+    whole = Form(*form)
+    if not whole.tiled or not x.is_cpu:
+        return nf4_linear_compiled(x, weight, form, absmax_offset, bias)
+    tokens, columns = x.shape
+    matrix = _matrix(whole, columns, absmax_offset, *[tensor.data_ptr() for tensor in weight])
+    out = whole.out_features
+    stride = -(-out // PANEL_ROWS) * PANEL_ROWS
+    y = torch.empty((tokens, stride), dtype=torch.float32)
+    _library.nf4_linear(matrix, _plain_float(x), None if bias is None else _plain_float(bias), y)
+    if stride != out:
+        y = y[:, :out].contiguous()
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+@functools.lru_cache(maxsize=8192)
+def _matrix(
+    form: Form,
+    columns: int,
+    absmax_offset: float,
+    tiles: int,
+    code: int,
+    absmax: int,
+    absmax_code: int | None = None,
+    absmax_scale: int | None = None,
+) -> NF4Matrix:
+    """Put addresses and numbers into a structure; a function of nothing but its arguments."""
+    segment = segment_of(columns, form.block_size)
+    assert segment is not None
+    return NF4Matrix(
+        tiles,
+        code,
+        absmax,
+        absmax_code,
+        absmax_scale,
+        form.out_features,
+        columns,
+        segment,
+        form.block_size * form.absmax_block_size,
+        absmax_offset,
+    )
+
+
+def _plain_float(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.to(torch.float32)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
