@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from manylora_server.api.uploads import Upload, receive_upload, staged
+from manylora_server.api.uploads import Upload, receive_upload
 from manylora_server.core.errors import ManyloraError
+from manylora_server.core.staged import staged
 from manylora_store.errors import StoreFullError, StoreUnavailableError
 from manylora_store.intake.staging import Staging
 from support.fake_adapters import FakeAdapterService, FakeStaging, Script
@@ -362,7 +363,7 @@ def test_a_cancelled_upload_cleans_up_after_its_thread(tmp_path):
         return {"type": "http.request", "body": encode(NAME, CONFIG), "more_body": False}
 
     async def work() -> None:
-        async with staged(service) as staging:
+        async with staged(service.stage) as staging:
             await receive_upload(request_of(receive), staging)
 
     async def scenario() -> None:
@@ -386,7 +387,7 @@ def test_a_failure_while_cancelled_is_not_reported_as_lost(tmp_path):
     service.script.staging_fails = StoreFullError("no room.")
 
     async def work() -> None:
-        async with staged(service):
+        async with staged(service.stage):
             raise AssertionError
 
     async def scenario() -> None:

@@ -28,6 +28,7 @@ from manylora_server.core.errors import (
     InvalidRequestError,
 )
 from manylora_server.core.observer import EngineObserver, EngineState
+from manylora_server.core.staged import staged
 from manylora_server.core.store_errors import store_errors_translated
 from manylora_store.intake.staging import Staging
 from manylora_store.records import AdapterRecord, Publication
@@ -103,7 +104,7 @@ class AdapterService:
     async def add_source(self, name: str, source: str) -> AdapterStatus:
         """Fetch a folder of this machine or a hub repository, then ``add`` it."""
         checked_name(name)
-        with await in_thread(self.stage) as staging:
+        async with staged(self.stage) as staging:
             found = await in_thread(self._intake.fetch, source, staging)
             return await self.add(name, staging, found)
 

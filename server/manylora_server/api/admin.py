@@ -21,8 +21,9 @@ from manylora_server.api.openapi import json_body, query_parameters, upload_body
 from manylora_server.api.query import no_query, read_query
 from manylora_server.api.services import services_of
 from manylora_server.api.shapes import Json
-from manylora_server.api.uploads import MULTIPART, receive_upload, staged
+from manylora_server.api.uploads import MULTIPART, receive_upload
 from manylora_server.core.errors import InvalidRequestError
+from manylora_server.core.staged import staged
 
 if TYPE_CHECKING:
     from manylora_server.adapters.service import AdapterService
@@ -46,7 +47,7 @@ async def add_adapter(request: Request) -> Json:
     service = _service(request)
     kind = media_type(request)
     if kind == MULTIPART:
-        async with staged(service) as staging:
+        async with staged(service.stage) as staging:
             name = await receive_upload(request, staging)
             status = await service.add(name, staging, "upload")
     elif kind == "application/json":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from python_multipart import MultipartParser
@@ -18,7 +17,6 @@ from manylora_store.intake.names import AdapterNameError, check_name
 from manylora_store.intake.staging import ARCHIVE_NAME
 
 if TYPE_CHECKING:
-    from manylora_server.adapters.service import AdapterService
     from manylora_store.intake.files import Sink
     from manylora_store.intake.staging import Staging
 
@@ -34,19 +32,6 @@ _MAX_FILES = 100
 # RFC 2046, section 5.1.1.
 _MAX_BOUNDARY = 70
 _FIELDS = ("name", "files", "archive")
-
-
-@asynccontextmanager
-async def staged(service: AdapterService) -> AsyncIterator[Staging]:
-    """Yield a staging folder, which is gone when the block ends, however it does."""
-    stack = ExitStack()
-    try:
-        with store_errors_translated(param=None):
-            staging = await in_thread(stack.enter_context, service.stage())
-        yield staging
-    finally:
-        with store_errors_translated(param=None):
-            await in_thread(stack.close)
 
 
 async def receive_upload(request: Request, staging: Staging) -> str:
