@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-# As in src/entry.cpp.
-INTERFACE = 1
+# As in src/runtime.cpp.
+INTERFACE = 2
 ISAS = ("portable", "avx2", "avx512")
 ISA_VARIABLE = "MANYLORA_NATIVE_ISA"
 LIBRARY_VARIABLE = "MANYLORA_NATIVE_LIBRARY"
@@ -23,23 +25,6 @@ _BUILD_HINT = "run `make native`, which needs a C++17 compiler"
 
 class LibraryMissingError(Exception):
     """The native library cannot be used here; the message says why and what would help."""
-
-
-class NF4Matrix(ctypes.Structure):
-    """``Nf4Matrix`` of src/nf4.h."""
-
-    _fields_ = (
-        ("tiles", ctypes.c_void_p),
-        ("code", ctypes.c_void_p),
-        ("absmax", ctypes.c_void_p),
-        ("absmax_code", ctypes.c_void_p),
-        ("absmax_scale", ctypes.c_void_p),
-        ("out_features", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("segment", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("absmax_offset", ctypes.c_float),
-    )
 
 
 class NativeLibrary:
@@ -63,16 +48,6 @@ class NativeLibrary:
             name for number, name in enumerate(ISAS) if self._library.manylora_supports(number)
         )
         self.has_threads = self._share_threads()
-        self._nf4_linear = self._library.manylora_nf4_linear
-        self._nf4_linear.argtypes = (
-            ctypes.POINTER(NF4Matrix),
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_int,
-        )
         self.select_isa(os.environ.get(ISA_VARIABLE) or self.isas[-1])
 
     def select_isa(self, name: str) -> None:
@@ -90,21 +65,22 @@ class NativeLibrary:
             int(value is not None), ctypes.c_float(0.0 if value is None else value)
         )
 
-    def nf4_linear(
-        self, matrix: NF4Matrix, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
-    ) -> None:
-        """Write ``W x + bias`` to ``y [T, out rounded up to 16]``. All contiguous float32."""
-        status = self._nf4_linear(
-            matrix,
-            x.data_ptr(),
-            x.shape[0],
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            self._isa_number,
-            torch.get_num_threads() if self.has_threads else 1,
-        )
-        if status:
-            raise MemoryError("native nf4_linear: no memory for its scratch")
+    @property
+    def isa_number(self) -> int:
+        """The selected instruction set as the library numbers it."""
+        return self._isa_number
+
+    @property
+    def threads(self) -> int:
+        """How many threads a call may use: torch's own number, 1 where they cannot be shared."""
+        return torch.get_num_threads() if self.has_threads else 1
+
+    def function(self, name: str, *argument_types: Any) -> Callable[..., int]:
+        """Return the library's function ``name``, which returns a status: 0 is done."""
+        found = getattr(self._library, name)
+        found.argtypes = argument_types
+        found.restype = ctypes.c_int
+        return cast("Callable[..., int]", found)
 
     def _share_threads(self) -> bool:
         """Give the library the OpenMP entry point that torch itself calls.

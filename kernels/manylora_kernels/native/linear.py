@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 
 import torch
 
 from manylora_kernels.backends import register
-from manylora_kernels.native.binding import NF4Matrix, load
+from manylora_kernels.native.binding import load
 from manylora_kernels.nf4 import Form
 from manylora_kernels.reference.linear import nf4_linear_compiled
 from manylora_kernels.tiles import PANEL_ROWS, segment_of
 
+
+class NF4Matrix(ctypes.Structure):
+    """``Nf4Matrix`` of src/nf4.h."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("code", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("absmax_code", ctypes.c_void_p),
+        ("absmax_scale", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("segment", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("absmax_offset", ctypes.c_float),
+    )
+
+
 _library = load()
+_nf4_linear = _library.function(
+    "manylora_nf4_linear",
+    ctypes.POINTER(NF4Matrix),
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int,
+)
 
 
 @register("nf4_linear", "native")
@@ -37,7 +66,19 @@ def nf4_linear_native(
     out = whole.out_features
     stride = -(-out // PANEL_ROWS) * PANEL_ROWS
     y = torch.empty((tokens, stride), dtype=torch.float32)
-    _library.nf4_linear(matrix, _plain_float(x), None if bias is None else _plain_float(bias), y)
+    rows = _plain_float(x)
+    shift = None if bias is None else _plain_float(bias)
+    status = _nf4_linear(
+        matrix,
+        rows.data_ptr(),
+        tokens,
+        None if shift is None else shift.data_ptr(),
+        y.data_ptr(),
+        _library.isa_number,
+        _library.threads,
+    )
+    if status:
+        raise MemoryError("native nf4_linear: no memory for its scratch")
     if stride != out:
         y = y[:, :out].contiguous()
     return y if x.dtype is torch.float32 else y.to(x.dtype)
