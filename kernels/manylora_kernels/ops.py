@@ -6,7 +6,7 @@ import torch
 
 import manylora_kernels.library
 import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
-from manylora_kernels.backends import selected_backend
+from manylora_kernels.backends import REFERENCE, selected_backend
 from manylora_kernels.native import NATIVE
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.segments import RankSegments
@@ -58,7 +58,9 @@ def lora_delta_(
             f"shapes do not agree: y {tuple(y.shape)}, x {tuple(x.shape)}, "
             f"a {tuple(a.shape)}, b {tuple(b.shape)}"
         )
-    grouped = runs.grouped or (None, None, None, None, 0)
+    ungrouped = (None, None, None, None, 0)
+    # Only the reference reads the grouped form, and making it costs as much as a small product.
+    grouped = (runs.grouped if selected_backend("lora_delta_") == REFERENCE else None) or ungrouped
     torch.ops.manylora.lora_delta_(y, x, a, b, runs.segments, runs.weights, *grouped)
 
 

@@ -130,7 +130,8 @@ def spy() -> Iterator[list[str]]:
 
 def test_a_registered_backend_is_called_only_when_selected(spy: list[str]) -> None:
     assert selected_backend("lora_delta_") == "reference"
-    assert available_backends("lora_delta_") == ("reference", "spy")
+    assert available_backends("lora_delta_")[0] == "reference"
+    assert "spy" in available_backends("lora_delta_")
     extents = {0: RankExtent(0, 1, 1.0)}
     runs = SegmentMap([Segment(0, 1, 0)], 1).resolve(extents)
     assert runs is not None
