@@ -14,6 +14,7 @@ from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
     lora_delta_,
     nf4_linear,
+    packed_linear,
     paged_attention,
     prepare_nf4,
     scale_shift_,
@@ -31,6 +32,7 @@ __all__ = [
     "lora_delta_",
     "nf4_linear",
     "operations",
+    "packed_linear",
     "paged_attention",
     "prepare_nf4",
     "scale_shift_",

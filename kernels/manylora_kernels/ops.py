@@ -30,6 +30,18 @@ def nf4_linear(
     return result
 
 
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """Return ``y[t] = W x[t] + bias`` for a float32 ``W`` in oneDNN's own blocked layout.
+
+    ``x [T, in]``, the result ``[T, out]``; ``weight`` as
+    ``torch.ops.mkldnn._reorder_linear_weight`` packs ``W [out, in]``, on the CPU.
+    """
+    result: torch.Tensor = torch.ops.manylora.packed_linear(x, weight, bias, out_features)
+    return result
+
+
 def prepare_nf4(weight: NF4Weight) -> NF4Weight:
     """Return ``weight`` in the layout that the selected backend of ``nf4_linear`` wants.
 

@@ -20,7 +20,14 @@ from manylora_kernels import (
 )
 from support.nf4 import quantize
 
-OPERATIONS = ["lora_delta_", "nf4_linear", "paged_attention", "scale_shift_", "store_kv_"]
+OPERATIONS = [
+    "lora_delta_",
+    "nf4_linear",
+    "packed_linear",
+    "paged_attention",
+    "scale_shift_",
+    "store_kv_",
+]
 
 
 def nf4_arguments(double: bool, bias: bool) -> tuple[Any, ...]:
@@ -118,13 +125,15 @@ def test_selecting_what_does_not_exist_says_what_does() -> None:
 def spy() -> Iterator[list[str]]:
     """A backend of ``lora_delta_`` that only takes note of its calls; gone afterwards."""
     calls: list[str] = []
+    before = selected_backend("lora_delta_")
+    select_backend("lora_delta_", "reference")
 
     @backends.register("lora_delta_", "spy")
     def note(*args: Any) -> None:
         calls.append("called")
 
     yield calls
-    select_backend("lora_delta_", "reference")
+    select_backend("lora_delta_", before)
     del backends._implementations["lora_delta_"]["spy"]
 
 

@@ -62,7 +62,7 @@ def nf4_linear_native(
     if not whole.tiled or not x.is_cpu:
         return nf4_linear_compiled(x, weight, form, absmax_offset, bias)
     tokens, columns = x.shape
-    matrix = _matrix(whole, columns, absmax_offset, *[tensor.data_ptr() for tensor in weight])
+    matrix = nf4_matrix(whole, columns, absmax_offset, *[tensor.data_ptr() for tensor in weight])
     out = whole.out_features
     stride = -(-out // PANEL_ROWS) * PANEL_ROWS
     y = torch.empty((tokens, stride), dtype=torch.float32)
@@ -85,7 +85,7 @@ def nf4_linear_native(
 
 
 @functools.lru_cache(maxsize=8192)
-def _matrix(
+def nf4_matrix(
     form: Form,
     columns: int,
     absmax_offset: float,

@@ -27,6 +27,7 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
 from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
+from manylora_server.model.program.attach import attach_program
 from manylora_server.model.runner import ModelRunner
 from manylora_server.model.self_test import SelfTestResult, run_self_test
 from manylora_server.model.slots import AdapterSlots
@@ -145,8 +146,10 @@ def assemble(
     catalog = AdapterCatalog(intake.store, intake.base_fingerprint)
     residency.pin(catalog.pinned())
     observer.on_registered(len(catalog))
+    runner = ModelRunner(loaded.model, cache, loaded.dtype, loaded.device)
+    attach_program(runner, loaded, tested, modules)
     engine = Engine(
-        runner=ModelRunner(loaded.model, cache, loaded.dtype, loaded.device),
+        runner=runner,
         blocks=blocks,
         residency=residency,
         decoder=tokenizer,

@@ -64,4 +64,7 @@ extern const Nf4Kernels kNf4Avx2;
 extern const Nf4Kernels kNf4Avx512;
 #endif
 
+// False where `isa` does not run here or memory is short.
+bool nf4_linear(const Nf4Job& job, int isa, int threads);
+
 }  // namespace manylora

@@ -64,6 +64,15 @@ const Nf4Kernels* kernels_of(int isa) {
 }
 
 }  // namespace
+
+bool nf4_linear(const Nf4Job& job, int isa, int threads) {
+  const Nf4Kernels* kernels = kernels_of(isa);
+  if (kernels == nullptr) return false;
+  if (job.tokens == 0 || job.w.out == 0) return true;
+  return job.tokens <= kernels->few_tokens ? run_few(*kernels, job, threads)
+                                           : run_many(*kernels, job, threads);
+}
+
 }  // namespace manylora
 
 #pragma GCC visibility push(default)
@@ -72,15 +81,10 @@ extern "C" {
 // Returns 0, 1 where `isa` does not run here, or 2 where memory is short.
 int manylora_nf4_linear(const manylora::Nf4Matrix* w, const float* x, int64_t tokens,
                         const float* bias, float* y, int isa, int threads) {
-  const manylora::Nf4Kernels* kernels = manylora::kernels_of(isa);
-  if (kernels == nullptr) return 1;
-  if (tokens == 0 || w->out == 0) return 0;
+  if (!manylora::runs(isa)) return 1;
   const int64_t stride = manylora::quotient_up(w->out, manylora::kPanelRows) * manylora::kPanelRows;
   const manylora::Nf4Job job{*w, x, y, bias, tokens, stride};
-  threads = threads < 1 ? 1 : threads;
-  const bool done = tokens <= kernels->few_tokens ? manylora::run_few(*kernels, job, threads)
-                                                  : manylora::run_many(*kernels, job, threads);
-  return done ? 0 : 2;
+  return manylora::nf4_linear(job, isa, threads < 1 ? 1 : threads) ? 0 : 2;
 }
 
 }  // extern "C"
