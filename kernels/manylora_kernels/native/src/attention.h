@@ -86,7 +86,9 @@ static inline int64_t first_key(const AttentionJob& job, int64_t position) {
 static inline int64_t first_part(const AttentionJob& job, const AttentionUnit& unit) {
   return first_key(job, unit.first) / kPartKeys;
 }
-static inline int64_t end_part(const AttentionUnit& unit) { return (unit.last - 1) / kPartKeys + 1; }
+static inline int64_t end_part(const AttentionUnit& unit) {
+  return (unit.last - 1) / kPartKeys + 1;
+}
 
 static inline int64_t rows_of(const AttentionJob& job, const AttentionUnit& unit) {
   return (unit.last - unit.first) * (job.heads / job.kv_heads);

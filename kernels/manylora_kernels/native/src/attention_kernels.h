@@ -1,5 +1,5 @@
-// The kernels of attention.h: a unit's parts of the keys one after another, or one of them. Included
-// like attention_tile.h, and after it.
+// The kernels of attention.h: a unit's parts of the keys one after another, or one of them.
+// Included like attention_tile.h, and after it.
 
 void tile_rows(Block& b, int64_t start, int64_t row) {
   const int64_t count = least(kRowTile, b.rows - row);
@@ -26,8 +26,15 @@ void sum_part(Block& b, int64_t part) {
   for (int64_t row = 0; row < b.rows; ++row) b.part.largest[row] = kNothing;
   const int64_t begin = most(part * kPartKeys, first_key(b.job, b.unit.first));
   const int64_t end = least((part + 1) * kPartKeys, b.unit.last);
-  for (int64_t start = begin / kTileKeys * kTileKeys; start < end; start += kTileKeys) {
-    open_tile(b, start, most(begin - start, 0), least(end - start, kTileKeys));
+  b.ahead = b.rows <= kRowTile;
+  const int64_t first = begin / kTileKeys * kTileKeys;
+  find_rows(b, first, begin - first, least(end - first, kTileKeys), b.next);
+  for (int64_t start = first; start < end; start += kTileKeys) {
+    b.tile = b.next;
+    const int64_t behind = start + kTileKeys;
+    if (behind < b.unit.last)
+      find_rows(b, behind, 0, least(b.unit.last - behind, kTileKeys), b.next);
+    transpose_keys(b, most(begin - start, 0), least(end - start, kTileKeys));
     for (int64_t row = 0; row < b.rows; row += kRowTile) tile_rows(b, start, row);
   }
   for (int64_t row = 0; row < b.rows; ++row)

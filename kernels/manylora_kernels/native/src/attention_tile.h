@@ -15,6 +15,9 @@ constexpr float kNothing = -__builtin_inff();
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// To the second-level cache. Measured in decode with large caches: 1.25 to 1.5 times as fast.
+inline void prefetch(const float* p) { __builtin_prefetch(p, 0, 2); }
+
 struct State {
   float* output;   // [rows][width]
   float* largest;  // [rows]
@@ -25,6 +28,11 @@ State state_at(const AttentionJob& job, int64_t rows, float* memory) {
   float* largest = memory + rows * cache_line_up(job.value_dim);
   return {memory, largest, largest + cache_line_up(rows)};
 }
+
+struct TileRows {
+  const float* keys[kTileKeys];
+  const float* values[kTileKeys];
+};
 
 // A unit at work.
 struct Block {
@@ -39,7 +47,9 @@ struct Block {
   float* lane_sum;  // [rows][kLanes], the sums of weights
   State part;
   State total;
-  const float* values[kTileKeys];  // rows of the current tile
+  TileRows tile;    // where the current tile's keys and values lie
+  TileRows next;    // the next one's, or again the current one's
+  bool ahead;       // whether to fetch the next tile meanwhile: for few rows memory is what waits
 
   Block(const AttentionJob& j, const AttentionUnit& u, float* scratch)
       : job(j), unit(u), groups(j.heads / j.kv_heads), rows(rows_of(j, u)),
@@ -78,14 +88,13 @@ void pack_queries(Block& b) {
   }
 }
 
-// Finds keys [from, to) of the tile at `start` in their pages: transposes K, notes the rows of V.
-// Lanes beside them repeat the first key, so nothing outside of the pages' own places is read.
-void open_tile(Block& b, int64_t start, int64_t from, int64_t to) {
+// Finds keys [from, to) of the tile at `start` in their pages. Places beside them repeat the first
+// key, so nothing outside of the pages' own places is read.
+void find_rows(const Block& b, int64_t start, int64_t from, int64_t to, TileRows& rows) {
   const AttentionJob& job = b.job;
   const int32_t* table = job.block_tables + b.unit.sequence * job.table_width;
   const int64_t k_stride = job.kv_heads * job.key_dim;
   const int64_t v_stride = job.kv_heads * job.value_dim;
-  const float* rows[kTileKeys];
   for (int64_t key = from; key < to;) {
     const int64_t page = (start + key) / job.block_tokens;
     const int64_t offset = start + key - page * job.block_tokens;
@@ -94,23 +103,34 @@ void open_tile(Block& b, int64_t start, int64_t from, int64_t to) {
     const float* k = job.k_cache + place * k_stride + b.unit.kv_head * job.key_dim;
     const float* v = job.v_cache + place * v_stride + b.unit.kv_head * job.value_dim;
     for (; key < end; ++key, k += k_stride, v += v_stride) {
-      rows[key] = k;
-      b.values[key] = v;
+      rows.keys[key] = k;
+      rows.values[key] = v;
     }
   }
-  const int64_t first = from / kLanes * kLanes;
-  const int64_t last = (to + kLanes - 1) / kLanes * kLanes;
-  for (int64_t key = first; key < from; ++key) rows[key] = rows[from];
-  for (int64_t key = to; key < last; ++key) rows[key] = rows[from];
-  const int64_t whole = job.key_dim / 4 * 4;
-  for (int64_t key = first; key < last; key += kLanes) {
+  for (int64_t key = 0; key < kTileKeys; ++key) {
+    if (from <= key && key < to) continue;
+    rows.keys[key] = rows.keys[from];
+    rows.values[key] = rows.values[from];
+  }
+}
+
+// Transposes K of the vectors that hold keys [from, to).
+void transpose_keys(Block& b, int64_t from, int64_t to) {
+  const int64_t dim = b.job.key_dim;
+  const int64_t whole = dim / 4 * 4;
+  for (int64_t key = from / kLanes * kLanes; key < to; key += kLanes) {
+    const float* const* rows = b.tile.keys + key;
+    const float* const* next = b.next.keys + key;
     for (int64_t d = 0; d < whole; d += 4) {
       V columns[4];
-      transpose4(rows + key, d, columns);
+      transpose4(rows, d, columns);
       for (int i = 0; i < 4; ++i) store(b.keys + (d + i) * kTileKeys + key, columns[i]);
+      // A quarter of the rows at a time, so that a line is asked for once.
+      if (b.ahead)
+        for (int i = d / 4 % 4; i < kLanes; i += 4) prefetch(next[i] + d / 16 * 16);
     }
-    for (int64_t d = whole; d < job.key_dim; ++d)
-      for (int i = 0; i < kLanes; ++i) b.keys[d * kTileKeys + key + i] = rows[key + i][d];
+    for (int64_t d = whole; d < dim; ++d)
+      for (int i = 0; i < kLanes; ++i) b.keys[d * kTileKeys + key + i] = rows[i][d];
   }
 }
 
@@ -208,7 +228,7 @@ void weigh(Block& b, int64_t row, int64_t count, const int64_t* from, const int6
   }
 }
 
-template <int kRows, int kColumns, bool kPartial>
+template <int kRows, int kColumns, bool kPartial, bool kAhead>
 void multiply_values(const Block& b, int64_t row, int64_t in_tile, int64_t from, int64_t to,
                      int64_t column) {
   float* output = b.part.output + (row + in_tile) * b.width + column;
@@ -219,7 +239,9 @@ void multiply_values(const Block& b, int64_t row, int64_t in_tile, int64_t from,
   for (int r = 0; r < kRows; ++r)
     for (int c = 0; c < kColumns; ++c) sum[r][c] = load(output + r * b.width + c * kLanes);
   for (int64_t key = from; key < to; ++key) {
-    const float* value = b.values[key] + column;
+    const float* value = b.tile.values[key] + column;
+    if (kAhead)
+      for (int c = 0; c < kColumns; ++c) prefetch(b.next.values[key] + column + c * kLanes);
     V v[kColumns];
     for (int c = 0; c < kColumns; ++c)
       v[c] = kPartial ? load_part(value, rest) : load(value + c * kLanes);
@@ -243,10 +265,14 @@ void add_values(const Block& b, int64_t rows, int64_t row, int64_t in_tile, int6
     const int64_t dim = b.job.value_dim;
     int64_t column = 0;
     for (; column + kValueColumns * kLanes <= dim; column += kValueColumns * kLanes)
-      multiply_values<kRows, kValueColumns, false>(b, row, in_tile, from, to, column);
+      if (b.ahead) {
+        multiply_values<kRows, kValueColumns, false, true>(b, row, in_tile, from, to, column);
+      } else {
+        multiply_values<kRows, kValueColumns, false, false>(b, row, in_tile, from, to, column);
+      }
     for (; column + kLanes <= dim; column += kLanes)
-      multiply_values<kRows, 1, false>(b, row, in_tile, from, to, column);
-    if (column < dim) multiply_values<kRows, 1, true>(b, row, in_tile, from, to, column);
+      multiply_values<kRows, 1, false, false>(b, row, in_tile, from, to, column);
+    if (column < dim) multiply_values<kRows, 1, true, false>(b, row, in_tile, from, to, column);
   } else if constexpr (kRows > 1) {
     add_values<kRows - 1>(b, rows, row, in_tile, from, to);
   }
