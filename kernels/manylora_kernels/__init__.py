@@ -5,8 +5,10 @@ by the backend that ``backends.select`` chose for it; ``reference`` is plain PyT
 """
 
 from manylora_kernels.backends import available_backends, select_backend, selected_backend
+from manylora_kernels.half import HalfWeight, halve
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
+    half_linear,
     lora_delta_,
     nf4_linear,
     paged_attention,
@@ -17,12 +19,15 @@ from manylora_kernels.ops import (
 from manylora_kernels.segments import RankExtent, RankSegments, Segment, SegmentMap
 
 __all__ = [
+    "HalfWeight",
     "NF4Weight",
     "RankExtent",
     "RankSegments",
     "Segment",
     "SegmentMap",
     "available_backends",
+    "half_linear",
+    "halve",
     "lora_delta_",
     "nf4_linear",
     "paged_attention",

@@ -22,4 +22,5 @@ except LibraryMissingError as error:
     logger.debug("no native kernels: %s", missing)
 else:
     import manylora_kernels.native.attention
-    import manylora_kernels.native.linear  # noqa: F401 - both register
+    import manylora_kernels.native.half
+    import manylora_kernels.native.linear  # noqa: F401 - all register
