@@ -74,7 +74,8 @@ def widen(tiles: torch.Tensor, out: int, columns: int, dtype: torch.dtype) -> to
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from weight.split(_ROWS_AT_ONCE)
+    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        yield weight[start : start + _ROWS_AT_ONCE]
 
 
 def _by_row(tiles: torch.Tensor) -> torch.Tensor:

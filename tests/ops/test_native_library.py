@@ -22,6 +22,7 @@ from manylora_server.engine import build
 CPU = torch.device("cpu")
 # What computes an operation where the library cannot.
 FALL_BACKS = {
+    "half_linear": "reference",
     "nf4_linear": "bitsandbytes",
     "paged_attention": "reference",
     "store_kv_": "reference",

@@ -174,13 +174,13 @@ def assemble(
 
 
 def select_compiled_backends(device: torch.device) -> None:
-    """Let the fastest backend that fits ``device`` compute 4-bit layers and attention.
+    """Let the fastest backend that fits ``device`` compute linear layers and attention.
 
     bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
     """
     usable = device.type == "cpu" and native.missing is None
     select_backend("nf4_linear", native.NATIVE if usable else "bitsandbytes")
-    for operation in ("store_kv_", "paged_attention"):
+    for operation in ("half_linear", "store_kv_", "paged_attention"):
         select_backend(operation, native.NATIVE if usable else "reference")
 
 
