@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from manylora_kernels import native, select_backend
 from manylora_server.core.config import ModelConfig
-from manylora_server.model.half_linear import HalfLinear
+from manylora_server.model.half_linear import PORTABLE, HalfLinear
 from manylora_server.model.loader import LoadedModel, load_model
 from manylora_server.model.packed_linear import PackedLinear
 from support.models import save_model
 
-if native.missing is not None:
-    pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)
+if native.missing is not None or native.library.isa == PORTABLE:
+    pytest.skip(f"no fast kernels: {native.missing}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,16 @@ def test_without_a_kernel_nothing_is_narrow(tmp_path: Path) -> None:
     select_backend("half_linear", "reference")
     save_model("llama", tmp_path, stored=torch.bfloat16)
     assert set(kinds(load(tmp_path)).values()) == {PackedLinear}
+
+
+def test_with_the_portable_kernel_nothing_is_narrow(tmp_path: Path) -> None:
+    save_model("llama", tmp_path, stored=torch.bfloat16)
+    before = native.library.isa
+    native.library.select_isa(PORTABLE)
+    try:
+        assert set(kinds(load(tmp_path)).values()) == {PackedLinear}
+    finally:
+        native.library.select_isa(before)
 
 
 def test_activations_of_16_bits_go_torch_s_way(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from manylora_kernels import HalfWeight, half_linear, halve, native, selected_backend
+from manylora_kernels.native.binding import ISAS
+
+PORTABLE = ISAS[0]
 
 
 class HalfLinear(nn.Module):
@@ -43,9 +46,12 @@ class HalfLinear(nn.Module):
 def halved(weight: torch.Tensor, bias: torch.Tensor | None) -> HalfLinear | None:
     """Return a layer with ``weight`` in half of its bytes.
 
-    ``None`` where that would lose something, or where no kernel widens in registers.
+    ``None`` where that would lose something, or where no kernel widens in registers. The portable
+    kernels are no match for a BLAS with many tokens.
     """
     if selected_backend("half_linear") != native.NATIVE or weight.device.type != "cpu":
+        return None
+    if native.library.isa == PORTABLE:
         return None
     half = halve(weight)
     return None if half is None else HalfLinear(half, bias)
