@@ -10,8 +10,10 @@ from manylora_kernels.backends import (
     select_backend,
     selected_backend,
 )
+from manylora_kernels.half import HalfWeight, halve
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
+    half_linear,
     lora_delta_,
     nf4_linear,
     packed_linear,
@@ -23,12 +25,15 @@ from manylora_kernels.ops import (
 from manylora_kernels.segments import RankExtent, RankSegments, Segment, SegmentMap
 
 __all__ = [
+    "HalfWeight",
     "NF4Weight",
     "RankExtent",
     "RankSegments",
     "Segment",
     "SegmentMap",
     "available_backends",
+    "half_linear",
+    "halve",
     "lora_delta_",
     "nf4_linear",
     "operations",

@@ -16,6 +16,7 @@ _SCHEMAS = {
         "(Tensor x, Tensor[] weight, int[] form, float absmax_offset, Tensor? bias) -> Tensor"
     ),
     "packed_linear": "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor",
+    "half_linear": "(Tensor x, Tensor tiles, int out_features, Tensor? bias) -> Tensor",
     "lora_delta_": (
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor segments, Tensor weights, "
         "Tensor? tokens, Tensor? valid, Tensor? rows, Tensor? scales, int step) -> ()"
@@ -60,6 +61,13 @@ def _nf4_linear_fake(
 @torch.library.register_fake("manylora::packed_linear", lib=_library)
 def _packed_linear_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("manylora::half_linear", lib=_library)
+def _half_linear_fake(
+    x: torch.Tensor, tiles: torch.Tensor, out_features: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
 

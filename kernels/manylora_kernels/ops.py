@@ -7,6 +7,7 @@ import torch
 import manylora_kernels.library
 import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
 from manylora_kernels.backends import REFERENCE, selected_backend
+from manylora_kernels.half import DTYPES, PANEL_ROWS, HalfWeight
 from manylora_kernels.native import NATIVE
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.segments import RankSegments
@@ -50,6 +51,29 @@ def prepare_nf4(weight: NF4Weight) -> NF4Weight:
     if selected_backend("nf4_linear") != NATIVE or weight.packed.device.type != "cpu":
         return weight
     return tile(weight) or weight
+
+
+def half_linear(
+    x: torch.Tensor, weight: HalfWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``y[t] = W x[t] + bias`` for a ``W [out, in]`` of bfloat16 or float16.
+
+    ``x``: ``[T, in]`` of any floating dtype; the result ``[T, out]`` has ``x``'s dtype. ``W`` is
+    widened and neither ``x`` nor a sum is narrowed: the numbers are those of the product with a
+    float32 ``W``, up to the order of summation.
+    """
+    out_features, in_features = weight.shape
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x must be [T, {in_features}], got {tuple(x.shape)}")
+    tiles = weight.tiles
+    wanted = (-(-out_features // PANEL_ROWS), -(-in_features // 2), 2 * PANEL_ROWS)
+    if tiles.shape != wanted or tiles.dtype not in DTYPES:
+        raise ValueError(
+            f"tiles must be {wanted} of bfloat16 or float16, "
+            f"got {tuple(tiles.shape)} of {tiles.dtype}"
+        )
+    result: torch.Tensor = torch.ops.manylora.half_linear(x, tiles, out_features, bias)
+    return result
 
 
 def lora_delta_(

@@ -18,9 +18,11 @@ from manylora_kernels import (
     select_backend,
     selected_backend,
 )
+from manylora_kernels.half import narrow
 from support.nf4 import quantize
 
 OPERATIONS = [
+    "half_linear",
     "lora_delta_",
     "nf4_linear",
     "packed_linear",
@@ -63,6 +65,10 @@ def attention_arguments(sinks: bool) -> tuple[Any, ...]:
 
 
 CALLS = {
+    "half_linear": (
+        "half_linear",
+        lambda: (torch.randn(3, 9), narrow(torch.randn(5, 9), torch.float16).tiles, 5, None),
+    ),
     "nf4_linear, double quantization": ("nf4_linear", lambda: nf4_arguments(True, True)),
     "nf4_linear, float maxima": ("nf4_linear", lambda: nf4_arguments(False, False)),
     "lora_delta_, dense": ("lora_delta_", lambda: delta_arguments(9)),

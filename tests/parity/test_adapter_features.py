@@ -45,11 +45,23 @@ def features(architecture: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+# A checkpoint of 16 bits goes through other dense layers.
+@pytest.mark.parametrize(
+    ("quantization", "stored"),
+    [
+        ("none", torch.float32),
+        ("nf4", torch.float32),
+        ("none", torch.bfloat16),
+        ("nf4", torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gpt2"])
-def test_features_equal_peft(architecture: str, quantization: str, tmp_path: Path) -> None:
+def test_features_equal_peft(
+    architecture: str, quantization: str, stored: torch.dtype, tmp_path: Path
+) -> None:
     folder = tmp_path / "base"
-    base = save_model(architecture, folder)
+    base = save_model(architecture, folder, stored=stored)
     adapters = {
         name: save_adapter(base, config, tmp_path / name, seed)
         for seed, (name, config) in enumerate(features(architecture).items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from manylora_kernels import native, select_backend
 from manylora_server.model.attention import IMPLEMENTATION
 from manylora_store.compiler.accounting import Ledger
 from manylora_store.errors import AdapterInvalidError
@@ -47,10 +49,23 @@ def shifted(base: MeasuredBase) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
+@pytest.fixture
+def _half_layers() -> Iterator[None]:
+    """Lets checkpoints of 16 bits stay what they are, where there are native kernels."""
+    if native.missing is None:
+        select_backend("half_linear", native.NATIVE)
+    yield
+    select_backend("half_linear", "reference")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gemma3_text", "mixtral"])
-def test_the_base_keeps_every_byte(architecture: str, quantization: str, tmp_path: Path) -> None:
-    base = MeasuredBase(architecture, tmp_path, quantization)
+@pytest.mark.usefixtures("_half_layers")
+def test_the_base_keeps_every_byte(
+    architecture: str, quantization: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    base = MeasuredBase(architecture, tmp_path, quantization, stored=stored)
     served = Served(base, base.compile(base.adapter("served", lora(architecture, r=2), 9)))
     before = base.fingerprint()
     expected = served.logits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_model(architecture: str, folder: Path, seed: int = 0) -> Any:
-    """Save a model with its tokenizer to ``folder`` and return it."""
+def save_model(
+    architecture: str, folder: Path, seed: int = 0, stored: torch.dtype = torch.float32
+) -> Any:
+    """Save a model with its tokenizer to ``folder`` as ``stored``; return the same in float32."""
     model = build_model(architecture, seed)
     model.generation_config.eos_token_id = 2
-    model.save_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
+    copy.deepcopy(model).to(stored).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return model

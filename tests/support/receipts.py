@@ -18,6 +18,7 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
 from manylora_server.model.batch import Chunk
 from manylora_server.model.experts import NF4Experts
+from manylora_server.model.half_linear import HalfLinear
 from manylora_server.model.loader import load_model
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.nf4_linear import NF4Linear
@@ -37,10 +38,15 @@ class MeasuredBase:
     """A tiny base as a server has loaded it, its view taken before anything is wrapped."""
 
     def __init__(
-        self, architecture: str, folder: Path, quantization: str = "none", dtype: str = "float32"
+        self,
+        architecture: str,
+        folder: Path,
+        quantization: str = "none",
+        dtype: str = "float32",
+        stored: torch.dtype = torch.float32,
     ) -> None:
         self._folder = folder
-        self.original = save_model(architecture, folder / "base")
+        self.original = save_model(architecture, folder / "base", stored=stored)
         settings: dict[str, Any] = {"quantization": quantization, "device": "cpu", "dtype": dtype}
         self.loaded = load_model(ModelConfig(str(folder / "base"), "base", **settings))
         self.tested = run_self_test(
@@ -96,7 +102,7 @@ class Served:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | HalfLinear):
         yield "packed", module.dense_weight()
     if isinstance(module, NF4Linear):
         yield from _packed("weight", module.weight_nf4)

@@ -21,5 +21,7 @@ except LibraryMissingError as error:
     missing = str(error)
     logger.debug("no native kernels: %s", missing)
 else:
+    import manylora_kernels.native.attention
+    import manylora_kernels.native.half
     import manylora_kernels.native.linear
-    import manylora_kernels.native.lora  # noqa: F401 - both register
+    import manylora_kernels.native.lora  # noqa: F401 - all register

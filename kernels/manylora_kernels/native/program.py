@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 from manylora_kernels.native.binding import load
-from manylora_kernels.native.linear import NF4Matrix
 
 MAX_DIMS = 5
 
@@ -33,6 +32,8 @@ class Code(IntEnum):
     LORA = 4
     RESCALE = 5
     FOREIGN = 6
+    HALF_LINEAR = 7
+    ATTENTION = 8
 
 
 class Unary(IntEnum):
@@ -92,9 +93,59 @@ class Instruction(ctypes.Structure):
         ("out", Operand),
         ("a", Operand),
         ("b", Operand),
+        ("c", Operand),
         ("scalar", ctypes.c_float),
-        ("weight", ctypes.POINTER(NF4Matrix)),
+        ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+    )
+
+
+class HalfMatrix(ctypes.Structure):
+    """A ``HalfWeight``."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("kind", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+    )
+
+
+class AttentionLayer(ctypes.Structure):
+    """What one layer's attention always is."""
+
+    _fields_ = (
+        ("layer", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("key_dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("sinks", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class LayerCache(ctypes.Structure):
+    """One layer's paged keys and values."""
+
+    _fields_ = (("k", ctypes.c_void_p), ("v", ctypes.c_void_p))
+
+
+class Pages(ctypes.Structure):
+    """A step's paged cache, as ``ops.paged_attention`` describes it."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("query_starts", ctypes.c_void_p),
+        ("sequences", ctypes.c_int64),
+        ("table_width", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("block_tokens", ctypes.c_int64),
     )
 
 
@@ -137,6 +188,7 @@ class Step(ctypes.Structure):
         ("hooks", ctypes.c_void_p),
         ("lora", ctypes.c_void_p),
         ("rescale", ctypes.c_void_p),
+        ("pages", Pages),
         ("isa", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
@@ -173,4 +225,4 @@ class NativeProgram:
         step.isa = _library.isa_number
         step.threads = _library.threads
         if _run(self._handle, step, first, last):
-            raise MemoryError("native program: no memory for its scratch")
+            raise MemoryError("native program: no memory for scratch, or a page beyond the cache")

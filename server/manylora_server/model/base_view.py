@@ -16,8 +16,7 @@ from torch import nn
 
 from manylora_server.model.experts import NF4Experts
 from manylora_server.model.nf4_linear import NF4Linear
-from manylora_server.model.packed_linear import PackedLinear
-from manylora_server.model.stand_in import Conv1DStandIn, LinearStandIn, StandIn
+from manylora_server.model.stand_in import Conv1DStandIn, LinearStandIn, PackedLayer, StandIn
 from manylora_store.compiler.canonical import BaseLayout, ModuleSpec
 
 
@@ -54,7 +53,7 @@ class BaseView:
         tree.__dict__.pop("hf_device_map", None)
         for name, spec in layout.modules.items():
             layer = tree.get_submodule(name)
-            if isinstance(layer, NF4Linear | PackedLinear):
+            if isinstance(layer, PackedLayer):
                 _put(tree, name, _ordinary(layer, tree, spec, dtype))
         for name, parameters in written.items():
             for parameter in parameters:
@@ -113,7 +112,7 @@ def _twin(layer: nn.Module, parameters: Mapping[int, nn.Parameter]) -> nn.Module
 
 
 def _ordinary(
-    layer: NF4Linear | PackedLinear, tree: nn.Module, spec: ModuleSpec, dtype: torch.dtype
+    layer: PackedLayer, tree: nn.Module, spec: ModuleSpec, dtype: torch.dtype
 ) -> nn.Module:
     partner = None if spec.tied_to is None else tree.get_submodule(spec.tied_to)
     if isinstance(partner, nn.Embedding):

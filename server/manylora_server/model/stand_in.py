@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from manylora_server.model.half_linear import HalfLinear
 from manylora_server.model.nf4_linear import NF4Linear
 from manylora_server.model.packed_linear import PackedLinear
 
-PackedLayer = NF4Linear | PackedLinear
+PackedLayer = NF4Linear | PackedLinear | HalfLinear
 
 
 class StandIn(nn.Module):

@@ -1,33 +1,53 @@
-// 16-bit floats in memory. Widening is exact.
+// y[t] = W x[t] + bias for a W of bfloat16 or float16 that was tiled at load (half.py): the data,
+// what a C++ caller calls, and what each instruction set provides.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace manylora {
 
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
+enum HalfKind : int64_t { kBfloat16 = 0, kFloat16 = 1 };
+
+// A panel is 16 rows of W. A tile is a panel's two neighbouring columns in 64 bytes. bfloat16: dword
+// r holds row r, the first column in its low half, so that a shift or a mask widens 16 weights.
+// float16: 16 rows of the first column, then 16 of the second.
+constexpr int64_t kHalfRows = 16;
+constexpr int64_t kTileHalves = 32;
+// Columns that are summed in one accumulator before their sum is added to the others'.
+constexpr int64_t kHalfSegment = 256;
+
+struct HalfJob {
+  const uint16_t* tiles;  // [ceil(out / 16)][ceil(in / 2)][32]
+  const float* x;         // [tokens][in], rows `x_stride` floats apart
+  const float* bias;      // [out] or null
+  float* y;               // [tokens][out]
+  int64_t kind;
+  int64_t out;
+  int64_t in;
+  int64_t tokens;
+  int64_t x_stride;
 };
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// Returns 0, 1 where `isa` does not run here, or 2 where memory is short.
+int half_linear(const HalfJob& job, int isa, int threads);
 
-inline float widened(float value) { return value; }
-inline float widened(Bf16 value) { return from_bits(uint32_t{value.bits} << 16); }
-inline float widened(Fp16 value) {
-  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  // Infinities and NaN keep their payload; all else is a power of two away from its float.
-  if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  const float scaled = from_bits(magnitude << 13) * 0x1p112f;
-  return (sign != 0) ? -scaled : scaled;
-}
+// One instruction set's kernels. All of them compute, for every token t and row r,
+//   y[t][r] = (((s_0 + s_1) + s_2) + ...) + bias[r],   s_i = sum of w * x over segment i
+// with one accumulator for s_i and columns in their order, so a token's result does not depend on
+// the number of tokens. Lanes are rows.
+struct HalfKernels {
+  int64_t tile_tokens;  // tokens in a register tile
+  int64_t panels_at_once;
+  // Interleaves x of all tokens as `multiply` reads it; packed: tokens * (in rounded up to even).
+  void (*pack)(const HalfJob& job, int64_t first_tile, int64_t last_tile, float* packed);
+  // Rows of panels [first, last) for all tokens.
+  void (*multiply)(const HalfJob& job, int64_t first, int64_t last, const float* packed);
+};
+
+extern const HalfKernels kHalfPortable;
+#if defined(__x86_64__)
+extern const HalfKernels kHalfAvx2;
+extern const HalfKernels kHalfAvx512;
+#endif
 
 }  // namespace manylora

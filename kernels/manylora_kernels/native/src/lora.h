@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "half.h"
+#include "sixteen_bits.h"
 
 namespace manylora {
 

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "elements.h"
 #include "lora.h"
 #include "runtime.h"
@@ -38,9 +39,11 @@ struct Bound {
   int64_t out_stride[kMaxDims];
   int64_t a_stride[kMaxDims];
   int64_t b_stride[kMaxDims];
+  int64_t c_stride[kMaxDims];
   Located out;
   Located a;
   Located b;
+  Located c;
 };
 
 Located located(const Operand& operand, const Instruction& from, int64_t tokens, int64_t outputs) {
@@ -57,6 +60,16 @@ Bound bound(const Instruction& from, int64_t tokens, int64_t outputs) {
   to.out = located(from.out, from, tokens, outputs);
   to.a = located(from.a, from, tokens, outputs);
   to.b = located(from.b, from, tokens, outputs);
+  to.c = located(from.c, from, tokens, outputs);
+  if (from.code == kAttention) {
+    // The strides between heads and between tokens.
+    for (int i = 0; i < 2; ++i) {
+      to.a_stride[i] = from.a.stride[i].at(tokens, outputs);
+      to.b_stride[i] = from.b.stride[i].at(tokens, outputs);
+      to.c_stride[i] = from.c.stride[i].at(tokens, outputs);
+    }
+    return to;
+  }
   const bool rows = from.code == kMean;
   if (from.code != kUnary && from.code != kBinary && !rows) {
     // Matrices: the number of rows, and the strides between them.
@@ -211,6 +224,67 @@ void rescale(const Instruction& from, const Bound& at, const Step& step,
   }
 }
 
+bool nf4(const Instruction& from, const Bound& at, const Step& step) {
+  return nf4_linear({*static_cast<const Nf4Matrix*>(from.weight), at.a.in(step), at.out.in(step),
+                     from.bias, at.size[0], at.out_stride[0]},
+                    static_cast<int>(step.isa), static_cast<int>(step.threads));
+}
+
+bool half(const Instruction& from, const Bound& at, const Step& step) {
+  const auto& weight = *static_cast<const HalfMatrix*>(from.weight);
+  return half_linear({weight.tiles, at.a.in(step), from.bias, at.out.in(step), weight.kind,
+                      weight.out, weight.in, at.size[0], at.a_stride[0]},
+                     static_cast<int>(step.isa), static_cast<int>(step.threads)) == 0;
+}
+
+bool attention(const Instruction& from, const Bound& at, const Step& step) {
+  const auto& layer = *static_cast<const AttentionLayer*>(from.weight);
+  const Pages& pages = step.pages;
+  const LayerCache& cache = pages.layers[layer.layer];
+  StoreJob store{};
+  store.k = reinterpret_cast<const char*>(at.b.in(step));
+  store.v = reinterpret_cast<const char*>(at.c.in(step));
+  store.k_cache = reinterpret_cast<char*>(cache.k);
+  store.v_cache = reinterpret_cast<char*>(cache.v);
+  store.positions = pages.positions;
+  store.k_head_stride = at.b_stride[0];
+  store.k_token_stride = at.b_stride[1];
+  store.v_head_stride = at.c_stride[0];
+  store.v_token_stride = at.c_stride[1];
+  store.tokens = step.tokens;
+  store.kv_heads = layer.kv_heads;
+  store.key_dim = layer.key_dim;
+  store.value_dim = layer.value_dim;
+  store.places = pages.blocks * pages.block_tokens;
+  store.item_bytes = sizeof(float);
+  const int threads = static_cast<int>(step.threads);
+  if (store_kv(store, threads) != kDone) return false;
+  AttentionJob job{};
+  job.q = at.a.in(step);
+  job.k_cache = cache.k;
+  job.v_cache = cache.v;
+  job.block_tables = pages.block_tables;
+  job.context_lens = pages.context_lens;
+  job.query_starts = pages.query_starts;
+  job.sinks = layer.sinks;
+  job.out = at.out.in(step);
+  job.q_head_stride = at.a_stride[0];
+  job.q_token_stride = at.a_stride[1];
+  job.queries = step.tokens;
+  job.sequences = pages.sequences;
+  job.table_width = pages.table_width;
+  job.heads = layer.heads;
+  job.kv_heads = layer.kv_heads;
+  job.key_dim = layer.key_dim;
+  job.value_dim = layer.value_dim;
+  job.blocks = pages.blocks;
+  job.block_tokens = pages.block_tokens;
+  job.window = layer.window;
+  job.scale = layer.scale;
+  job.softcap = layer.softcap;
+  return paged_attention(job, static_cast<int>(step.isa), threads) == kDone;
+}
+
 }  // namespace
 
 class Program {
@@ -234,10 +308,13 @@ class Program {
           mean(at, step, kernels);
           break;
         case kNf4Linear:
-          if (!nf4_linear({*from.weight, at.a.in(step), at.out.in(step), from.bias, at.size[0],
-                           at.out_stride[0]},
-                          isa, static_cast<int>(step.threads)))
-            return false;
+          if (!nf4(from, at, step)) return false;
+          break;
+        case kHalfLinear:
+          if (!half(from, at, step)) return false;
+          break;
+        case kAttention:
+          if (!attention(from, at, step)) return false;
           break;
         case kLora:
           if (!lora(from, at, step)) return false;
@@ -281,7 +358,7 @@ manylora::Program* manylora_program_new(const manylora::Instruction* instruction
 void manylora_program_free(manylora::Program* program) { delete program; }
 
 // Instructions [first, last). Returns 0, 1 where the instruction set does not run here, or 2 where
-// memory is short.
+// memory is short or a page lies outside of the cache.
 int manylora_program_run(manylora::Program* program, const manylora::Step* step, int64_t first,
                          int64_t last) {
   if (!manylora::runs(static_cast<int>(step->isa))) return 1;

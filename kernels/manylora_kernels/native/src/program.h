@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "nf4.h"
 
 namespace manylora {
@@ -45,6 +46,21 @@ enum Code : int64_t {
   kLora,       // out += the hook's low-rank products of a
   kRescale,    // out = scale * out + shift by the hook's rows
   kForeign,    // computed by the caller between two runs
+  kHalfLinear,  // out [tokens, out] = W a + bias
+  kAttention,   // k = b and v = c are stored, then out = attention of the queries a
+};
+
+// One layer's attention; a, b and c are [.., heads, tokens, dim].
+struct AttentionLayer {
+  int64_t layer;  // index of its caches
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t key_dim;
+  int64_t value_dim;
+  int64_t window;
+  const float* sinks;
+  float scale;
+  float softcap;
 };
 
 struct Instruction {
@@ -56,9 +72,17 @@ struct Instruction {
   Operand out;
   Operand a;
   Operand b;
+  Operand c;
   float scalar;
-  const Nf4Matrix* weight;
+  const void* weight;  // Nf4Matrix, HalfMatrix or AttentionLayer
   const float* bias;
+};
+
+struct HalfMatrix {
+  const uint16_t* tiles;
+  int64_t kind;
+  int64_t out;
+  int64_t in;
 };
 
 // Token runs {start, end, rank row start, rank row end} with their weights, as RankSegments.
@@ -84,6 +108,24 @@ struct Hook {
   int64_t rescale;     // index of its RescaleRuns, -1: none
 };
 
+struct LayerCache {
+  float* k;
+  float* v;
+};
+
+// What all layers' attention is given, as AttentionJob and StoreJob.
+struct Pages {
+  const LayerCache* layers;
+  const int64_t* positions;
+  const int32_t* block_tables;
+  const int32_t* context_lens;
+  const int32_t* query_starts;
+  int64_t sequences;
+  int64_t table_width;
+  int64_t blocks;
+  int64_t block_tokens;
+};
+
 struct Step {
   int64_t tokens;
   int64_t outputs;
@@ -91,6 +133,7 @@ struct Step {
   const Hook* hooks;
   const LoraRuns* lora;
   const RescaleRuns* rescale;
+  Pages pages;
   int64_t isa;
   int64_t threads;
 };

@@ -8,8 +8,18 @@ from typing import Any
 
 import torch
 
-from manylora_kernels.native.linear import NF4Matrix, nf4_matrix
-from manylora_kernels.native.program import Binary, Code, Instruction, Operand, Place, Unary
+from manylora_kernels.half import DTYPES
+from manylora_kernels.native.linear import nf4_matrix
+from manylora_kernels.native.program import (
+    AttentionLayer,
+    Binary,
+    Code,
+    HalfMatrix,
+    Instruction,
+    Operand,
+    Place,
+    Unary,
+)
 from manylora_kernels.nf4 import Form
 from manylora_kernels.tiles import PANEL_ROWS
 from manylora_server.model.program.affine import Affine
@@ -172,14 +182,71 @@ class Lowering:
         tensors = [constant.tensor for constant in weight]
         matrix = nf4_matrix(whole, columns, absmax_offset, *[t.data_ptr() for t in tensors])
         result = self._matrices(Code.NF4_LINEAR, rows, x, out)
-        result.weight = ctypes.POINTER(NF4Matrix)(matrix)
+        result.weight = ctypes.addressof(matrix)
         self.kept.extend((tensors, matrix))
-        if bias is not None:
-            if bias.tensor.dtype is not torch.float32 or not bias.tensor.is_contiguous():
-                raise NotNativeError
-            result.bias = bias.tensor.data_ptr()
-            self.kept.append(bias.tensor)
+        self._set_bias(result, bias)
         return [result]
+
+    def _half_linear(self, event: SymbolicEvent) -> list[Instruction]:
+        x, tiles, out_features, bias = event.args
+        if not isinstance(x, SymbolicRef) or not tiles.tensor.is_contiguous():
+            raise NotNativeError
+        rows, columns = rows_of(x)
+        kind = DTYPES.index(tiles.tensor.dtype)
+        matrix = HalfMatrix(tiles.tensor.data_ptr(), kind, out_features, columns)
+        result = self._matrices(Code.HALF_LINEAR, rows, x, event.outs[0])
+        result.weight = ctypes.addressof(matrix)
+        self.kept.extend((tiles.tensor, matrix))
+        self._set_bias(result, bias)
+        return [result]
+
+    def _set_bias(self, instruction: Instruction, bias: Constant | None) -> None:
+        if bias is None:
+            return
+        if bias.tensor.dtype is not torch.float32 or not bias.tensor.is_contiguous():
+            raise NotNativeError
+        instruction.bias = bias.tensor.data_ptr()
+        self.kept.append(bias.tensor)
+
+    def attention(self, event: SymbolicEvent, number: int) -> Instruction:
+        """Return the instruction for an attention call, the ``number``th of the pass.
+
+        Raises ``NotNativeError`` where a size is not the same in every step.
+        """
+        query, key, value = event.args
+        out, settings = event.outs[0], event.kwargs
+        for tensor in (query, key, value):
+            if not isinstance(tensor, SymbolicRef) or tensor.stride[3] != Affine(1):
+                raise NotNativeError
+        sizes = (query.size[1], key.size[1], key.size[3], value.size[3])
+        if not all(size.is_constant for size in sizes):
+            raise NotNativeError
+        heads, kv_heads, key_dim, value_dim = (size.constant for size in sizes)
+        if out.stride[1:] != (Affine(heads * value_dim), Affine(value_dim), Affine(1)):
+            raise NotNativeError
+        sinks = settings["sinks"]
+        if sinks is not None:
+            sinks = sinks.tensor.detach().float().contiguous()
+        layer = AttentionLayer(
+            number,
+            heads,
+            kv_heads,
+            key_dim,
+            value_dim,
+            settings["window"],
+            None if sinks is None else sinks.data_ptr(),
+            settings["scaling"],
+            settings["softcap"],
+        )
+        result = Instruction(code=Code.ATTENTION, weight=ctypes.addressof(layer))
+        result.out = operand(out, self._plan)
+        for name, tensor in (("a", query), ("b", key), ("c", value)):
+            place = operand(tensor, self._plan)
+            # The strides between heads and between tokens.
+            place.stride[0], place.stride[1] = affine(tensor.stride[1]), affine(tensor.stride[2])
+            setattr(result, name, place)
+        self.kept.extend((layer, sinks))
+        return result
 
 
 _RULES: dict[Any, Callable[[Lowering, SymbolicEvent], list[Instruction]]] = {
@@ -189,6 +256,7 @@ _RULES: dict[Any, Callable[[Lowering, SymbolicEvent], list[Instruction]]] = {
     _aten.mean.dim: Lowering._mean,
     _aten.cat.default: Lowering._concatenate,
     torch.ops.manylora.nf4_linear.default: Lowering._nf4_linear,
+    torch.ops.manylora.half_linear.default: Lowering._half_linear,
 }
 
 

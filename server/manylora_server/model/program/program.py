@@ -27,6 +27,7 @@ from manylora_server.model.program.foreign import BoundCall, bind_call
 from manylora_server.model.program.hooks import HookPlace, HookTable
 from manylora_server.model.program.lowering import Lowering
 from manylora_server.model.program.operands import NotNativeError
+from manylora_server.model.program.pages import PageTable
 from manylora_server.model.program.recorder import record
 from manylora_server.model.program.symbolic import (
     SymbolicEvent,
@@ -68,6 +69,7 @@ class StepProgram:
         # By instruction: what torch computes always, and the hooks that it may have to.
         self._foreign: dict[int, SymbolicEvent] = {}
         self._hook_at: list[int] = []
+        self._pages = PageTable()
         places: list[HookPlace] = []
         hook_events: list[SymbolicEvent] = []
         for event in recording.events:
@@ -105,7 +107,8 @@ class StepProgram:
             layout.views[name].view(-1).copy_(given)
         self._table.set(self.adapters, segments, output_segments)
         hooks, lora, rescale = self._table.addresses
-        step = Step(tokens, outputs, layout.slots.ctypes.data, hooks, lora, rescale)
+        pages = self._pages.pages(attention)
+        step = Step(tokens, outputs, layout.slots.ctypes.data, hooks, lora, rescale, pages)
         called = {self._hook_at[hook]: hook for hook in self._table.called}
         stops = sorted((*self._foreign, *called)) if called else list(self._foreign)
         place = 0
@@ -124,12 +127,16 @@ class StepProgram:
         return layout.views["logits"]
 
     def _add(self, event: SymbolicEvent) -> None:
-        if event.kind == "operator":
-            try:
+        try:
+            if event.kind == "operator":
                 self._instructions.extend(self._lowering.instructions(event))
-                return
-            except NotNativeError:
-                pass
+            else:
+                number = len(self._pages.layers)
+                self._instructions.append(self._lowering.attention(event, number))
+                self._pages.layers.append(event.target)
+            return
+        except NotNativeError:
+            pass
         self._foreign[len(self._instructions)] = event
         self._instructions.append(Instruction(code=Code.FOREIGN))
 

@@ -1,0 +1,86 @@
+"""A dense weight in half of its bytes: bfloat16 or float16, tiled for SIMD kernels.
+
+Most checkpoints are bfloat16 or float16. A float32 weight that was widened from one of them holds
+nothing that the narrow one does not, so keeping the narrow one changes no result.
+
+Sixteen rows of ``W`` form a panel (the last one padded with zeros), two neighbouring columns of a
+panel a tile of 64 bytes. bfloat16: row 0's two weights, row 1's, and so on, so that a shift or a
+mask widens one column of 16 rows. float16: the first column's 16 rows, then the second's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+PANEL_ROWS = 16
+DTYPES = (torch.bfloat16, torch.float16)
+# Rows that are widened or narrowed at once, to need little memory beside the weight.
+_ROWS_AT_ONCE = 256 * PANEL_ROWS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HalfWeight:
+    """``W [out, in]`` as tiles ``[ceil(out / 16), ceil(in / 2), 2 * 16]`` of bfloat16 or float16.
+
+    The last two dimensions of a tile are (row, column) for bfloat16, (column, row) for float16.
+    """
+
+    tiles: torch.Tensor
+    shape: tuple[int, int]
+
+    def widen(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return ``W [out, in]`` as a new tensor."""
+        return widen(self.tiles, *self.shape, dtype)
+
+
+def halve(weight: torch.Tensor) -> HalfWeight | None:
+    """Return a float32 ``weight [out, in]`` in half of its bytes; ``None`` if that loses anything.
+
+    Nothing is lost where every value is one of bfloat16, or every value one of float16.
+    """
+    for dtype in DTYPES:
+        if all(torch.equal(rows.to(dtype).float(), rows) for rows in _pieces(weight)):
+            return narrow(weight, dtype)
+    return None
+
+
+def narrow(weight: torch.Tensor, dtype: torch.dtype) -> HalfWeight:
+    """Return ``weight [out, in]``, rounded to ``dtype``, tiled."""
+    out, columns = weight.shape
+    panels, pairs = -(-out // PANEL_ROWS), -(-columns // 2)
+    tiles = torch.zeros(panels, pairs, 2 * PANEL_ROWS, dtype=dtype, device=weight.device)
+    for start, rows in zip(range(0, out, _ROWS_AT_ONCE), _pieces(weight), strict=True):
+        padded = rows.new_zeros(-(-rows.shape[0] // PANEL_ROWS) * PANEL_ROWS, 2 * pairs)
+        padded[: rows.shape[0], :columns] = rows
+        panel = start // PANEL_ROWS
+        chunk = padded.to(dtype).view(-1, PANEL_ROWS, pairs, 2)
+        into = tiles[panel : panel + chunk.shape[0]]
+        _by_row(into).copy_(chunk)
+    return HalfWeight(tiles, (out, columns))
+
+
+def widen(tiles: torch.Tensor, out: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the ``[out, columns]`` matrix in ``tiles`` as ``dtype``."""
+    dense = torch.empty(out, columns, dtype=dtype, device=tiles.device)
+    for start in range(0, out, _ROWS_AT_ONCE):
+        panels = tiles[start // PANEL_ROWS : (start + _ROWS_AT_ONCE) // PANEL_ROWS]
+        rows = _by_row(panels).reshape(panels.shape[0] * PANEL_ROWS, -1)
+        into = dense[start : start + _ROWS_AT_ONCE]
+        into.copy_(rows[: into.shape[0], :columns])
+    return dense
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        yield weight[start : start + _ROWS_AT_ONCE]
+
+
+def _by_row(tiles: torch.Tensor) -> torch.Tensor:
+    """View tiles as ``[panels, row of the panel, pair of columns, column of the pair]``."""
+    panels, pairs, _ = tiles.shape
+    if tiles.dtype == torch.bfloat16:
+        return tiles.view(panels, pairs, PANEL_ROWS, 2).permute(0, 2, 1, 3)
+    return tiles.view(panels, pairs, 2, PANEL_ROWS).permute(0, 3, 1, 2)
