@@ -10,6 +10,8 @@ constexpr int kTileTokens = 4;
 constexpr int kPanelsAtOnce = 1;
 constexpr int64_t kBlockColumns = 256;
 
+constexpr int few_panels_at_once(int) { return 1; }
+
 struct V {
   float lane[kLanes];
 };
@@ -49,6 +51,12 @@ inline V fma(const V& a, const V& b, const V& c) {
   return v;
 }
 
+// In `multiply` it would keep the compiler from vectorizing the loop.
+inline void prefetch(const void*) {}
+inline void look_up(const float* table, const uint8_t* q, float* out) {
+  for (int r = 0; r < kPanelRows; ++r) out[r] = table[q[r]];
+}
+
 struct Code {
   const float* book;
 
@@ -66,6 +74,6 @@ struct Code {
 }  // namespace
 
 const Nf4Kernels kNf4Portable = {kFewTokens, kTileTokens, kPanelsAtOnce, kBlockColumns,
-                                 few,        pack,        many};
+                                 pack,       few,         many};
 
 }  // namespace manylora
