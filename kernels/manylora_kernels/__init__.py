@@ -9,6 +9,7 @@ from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
     lora_delta_,
     nf4_linear,
+    nf4_linear_in_float,
     paged_attention,
     prepare_nf4,
     scale_shift_,
@@ -25,6 +26,7 @@ __all__ = [
     "available_backends",
     "lora_delta_",
     "nf4_linear",
+    "nf4_linear_in_float",
     "paged_attention",
     "prepare_nf4",
     "scale_shift_",

@@ -1,5 +1,5 @@
 """The plain PyTorch backend: the oracle of every other backend, and what runs without them."""
 
-from manylora_kernels.reference import attention, linear, lora
+from manylora_kernels.reference import attention, int8, linear, lora
 
-__all__ = ["attention", "linear", "lora"]
+__all__ = ["attention", "int8", "linear", "lora"]

@@ -12,8 +12,8 @@
 namespace manylora {
 namespace {
 
-using V = __m512;
-constexpr int kLanes = 16;
+#include "vector_avx512.h"
+
 constexpr int kFewTokens = 24;  // 24 sums, and the totals in memory
 constexpr int kTileTokens = 12;  // 12 by 32 sums in 24 of the 32 registers
 constexpr int kPanelsAtOnce = 2;
@@ -21,20 +21,6 @@ constexpr int64_t kBlockColumns = 128;  // 16 KiB unpacked, half of a small L1
 
 // Panels side by side: enough independent sums to hide the latency of each.
 constexpr int few_panels_at_once(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
-
-inline V zero() { return _mm512_setzero_ps(); }
-inline V load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-inline V broadcast(float f) { return _mm512_set1_ps(f); }
-inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-inline V add(V a, V b) { return _mm512_add_ps(a, b); }
-
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline void look_up(const float* table, const uint8_t* q, float* out) {
-  const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-  _mm512_storeu_ps(out, _mm512_i32gather_ps(at, table, 4));
-}
 
 // One register holds the code book, and vpermps looks at the low four bits of an index only.
 struct Code {

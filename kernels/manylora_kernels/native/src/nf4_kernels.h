@@ -4,7 +4,7 @@
 //
 // The including file defines, before:
 //   V, kLanes (8 or 16), zero(), load(p), store(p, v), broadcast(f), fma(a, b, c), mul, add,
-//   look_up (see nf4_maxima.h), prefetch(p), which may do nothing,
+//   look_up (see nf4_rows.h), prefetch(p), which may do nothing,
 //   struct Code (from the code book) with unpack(tile dwords of kLanes rows, half, V w[4]):
 //     half 0 gives columns kOrder[0..3], half 1 columns kOrder[4..7];
 //   kFewTokens, few_panels_at_once(tokens), kTileTokens, kPanelsAtOnce, kBlockColumns.
@@ -13,15 +13,7 @@ constexpr int kVectors = kPanelRows / kLanes;  // in a panel
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-#include "nf4_maxima.h"
-
-// The bias of a panel's rows; rows beyond `out` read nothing.
-V bias_of(const Nf4Job& job, int64_t row) {
-  if (row + kLanes <= job.w.out) return load(job.bias + row);
-  float values[kLanes] = {};
-  for (int64_t r = row; r < job.w.out; ++r) values[r - row] = job.bias[r];
-  return load(values);
-}
+#include "nf4_rows.h"
 
 // Reads each token by itself: whole lines, and tokens a power of two apart do not evict each
 // other from the first-level cache.

@@ -1,5 +1,6 @@
-// Block maxima with their double quantization undone. Included by each instruction set's source
-// file inside its anonymous namespace, as nf4_kernels.h says, after the vector type and
+// What a panel's rows have besides weights: block maxima, with their double quantization undone, and
+// biases. Included by each instruction set's source file inside its anonymous namespace, as
+// nf4_kernels.h says, after the vector type and
 //   look_up(table [256], q [16], out [16]).
 
 // The maxima of one panel, segment after segment. absmax = code[q] * scale + offset, rounded as
@@ -44,3 +45,11 @@ struct Maxima {
     }
   }
 };
+
+// The bias of a panel's rows; rows beyond `out` read nothing.
+V bias_of(const Nf4Job& job, int64_t row) {
+  if (row + kLanes <= job.w.out) return load(job.bias + row);
+  float values[kLanes] = {};
+  for (int64_t r = row; r < job.w.out; ++r) values[r - row] = job.bias[r];
+  return load(values);
+}
