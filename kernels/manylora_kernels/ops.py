@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 import manylora_kernels.library
 import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
-from manylora_kernels.backends import REFERENCE, selected_backend
+from manylora_kernels.backends import REFERENCE, select_backend, selected_backend
 from manylora_kernels.half import DTYPES, PANEL_ROWS, HalfWeight
-from manylora_kernels.native import NATIVE
+from manylora_kernels.native import NATIVE, NATIVE_INT8
 from manylora_kernels.nf4 import NF4Weight
+from manylora_kernels.reference.int8 import REFERENCE_INT8
 from manylora_kernels.segments import RankSegments
 from manylora_kernels.tiles import tile
+
+_IN_FLOAT = {NATIVE_INT8: NATIVE, REFERENCE_INT8: REFERENCE}
 
 
 def nf4_linear(
@@ -48,9 +54,24 @@ def prepare_nf4(weight: NF4Weight) -> NF4Weight:
 
     Once, at load: it replaces the given one. ``weight`` itself where it is best as it is.
     """
-    if selected_backend("nf4_linear") != NATIVE or weight.packed.device.type != "cpu":
+    native = selected_backend("nf4_linear") in (NATIVE, NATIVE_INT8)
+    if not native or weight.packed.device.type != "cpu":
         return weight
     return tile(weight) or weight
+
+
+@contextmanager
+def nf4_linear_in_float() -> Iterator[None]:
+    """Inside the block, ``nf4_linear`` rounds no activations, whichever backend is selected.
+
+    The selection is the whole process's: no other thread may compute meanwhile.
+    """
+    selected = selected_backend("nf4_linear")
+    select_backend("nf4_linear", _IN_FLOAT.get(selected, selected))
+    try:
+        yield
+    finally:
+        select_backend("nf4_linear", selected)
 
 
 def half_linear(

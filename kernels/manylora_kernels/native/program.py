@@ -6,7 +6,9 @@ import ctypes
 from collections.abc import Sequence
 from enum import IntEnum
 
+from manylora_kernels.backends import selected_backend
 from manylora_kernels.native.binding import load
+from manylora_kernels.native.int8 import uses_amx
 
 MAX_DIMS = 5
 
@@ -189,6 +191,7 @@ class Step(ctypes.Structure):
         ("lora", ctypes.c_void_p),
         ("rescale", ctypes.c_void_p),
         ("pages", Pages),
+        ("math", ctypes.c_int64),
         ("isa", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     )
@@ -222,6 +225,8 @@ class NativeProgram:
 
     def run(self, step: Step, first: int, last: int) -> None:
         """Execute instructions ``[first, last)`` with ``step``'s sizes and addresses."""
+        eight_bits = selected_backend("nf4_linear") == "native-int8"
+        step.math = 1 + uses_amx() if eight_bits else 0
         step.isa = _library.isa_number
         step.threads = _library.threads
         if _run(self._handle, step, first, last):

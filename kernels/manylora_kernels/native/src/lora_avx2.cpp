@@ -13,7 +13,9 @@
 namespace manylora {
 namespace {
 
-#include "simd_avx2.h"
+#include "vector_avx2.h"
+#include "vector_math.h"
+#include "widen_avx2.h"
 
 constexpr int kShrinkTokens = 2;
 constexpr int kShrinkRanks = 4;

@@ -13,7 +13,9 @@
 namespace manylora {
 namespace {
 
-#include "simd_avx512.h"
+#include "vector_avx512.h"
+#include "vector_math.h"
+#include "widen_avx512.h"
 
 constexpr int kShrinkTokens = 4;
 constexpr int kShrinkRanks = 4;

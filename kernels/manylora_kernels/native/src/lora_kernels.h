@@ -1,4 +1,4 @@
-// The kernels of lora.h over the vectors of a simd_*.h, included once by each instruction set's
+// The kernels of lora.h over the vectors of a vector_*.h, vector_math.h and widen_*.h, included once by each instruction set's
 // source file, inside an anonymous namespace, for the same reasons as nf4_kernels.h.
 //
 // The including file defines kShrinkTokens by kShrinkRanks (dot products at once) and
@@ -38,7 +38,7 @@ void dots(const LoraJob& job, const float* x, const T* a, float weight, float* o
         total[t][r] = fma(load_first(x + t * job.x_stride + i, job.in - i), row, total[t][r]);
     }
   for (int t = 0; t < kTokens; ++t)
-    for (int r = 0; r < kRanks; ++r) out[t * out_stride + r] = weight * sum(total[t][r]);
+    for (int r = 0; r < kRanks; ++r) out[t * out_stride + r] = weight * sum_of_lanes(total[t][r]);
 }
 
 template <int kTokens, typename T>

@@ -4,7 +4,9 @@
 namespace manylora {
 namespace {
 
-#include "simd_portable.h"
+#include "vector_portable.h"
+#include "vector_math.h"
+#include "widen_portable.h"
 
 constexpr int kShrinkTokens = 2;
 constexpr int kShrinkRanks = 2;

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "elements.h"
+#include "int8.h"
 #include "lora.h"
 #include "runtime.h"
 
@@ -225,9 +226,12 @@ void rescale(const Instruction& from, const Bound& at, const Step& step,
 }
 
 bool nf4(const Instruction& from, const Bound& at, const Step& step) {
-  return nf4_linear({*static_cast<const Nf4Matrix*>(from.weight), at.a.in(step), at.out.in(step),
-                     from.bias, at.size[0], at.out_stride[0]},
-                    static_cast<int>(step.isa), static_cast<int>(step.threads));
+  const Nf4Job job{*static_cast<const Nf4Matrix*>(from.weight), at.a.in(step), at.out.in(step),
+                   from.bias, at.size[0], at.out_stride[0]};
+  const int isa = static_cast<int>(step.isa);
+  const int threads = static_cast<int>(step.threads);
+  if (step.math == kFloatMath) return nf4_linear(job, isa, threads);
+  return nf4_linear_int8(job, isa, step.math == kInt8AmxMath, threads);
 }
 
 bool half(const Instruction& from, const Bound& at, const Step& step) {

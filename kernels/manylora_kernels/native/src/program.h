@@ -108,6 +108,8 @@ struct Hook {
   int64_t rescale;     // index of its RescaleRuns, -1: none
 };
 
+enum Math : int64_t { kFloatMath = 0, kInt8Math, kInt8AmxMath };
+
 struct LayerCache {
   float* k;
   float* v;
@@ -134,6 +136,7 @@ struct Step {
   const LoraRuns* lora;
   const RescaleRuns* rescale;
   Pages pages;
+  int64_t math;  // of 4-bit layers, a Math
   int64_t isa;
   int64_t threads;
 };
