@@ -366,7 +366,21 @@ void manylora_program_free(manylora::Program* program) { delete program; }
 int manylora_program_run(manylora::Program* program, const manylora::Step* step, int64_t first,
                          int64_t last) {
   if (!manylora::runs(static_cast<int>(step->isa))) return 1;
-  return program->run(*step, first, last) ? 0 : 2;
+  struct Call {
+    manylora::Program* program;
+    const manylora::Step* step;
+    int64_t first;
+    int64_t last;
+    bool done;
+  } call{program, step, first, last, false};
+  manylora::with_team(
+      static_cast<int>(step->threads),
+      [](void* self) {
+        auto& given = *static_cast<Call*>(self);
+        given.done = given.program->run(*given.step, given.first, given.last);
+      },
+      &call);
+  return call.done ? 0 : 2;
 }
 
 }  // extern "C"

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "team.h"
+
 namespace manylora {
 
 // As Python numbers them (binding.ISAS).
@@ -66,7 +68,11 @@ template <typename Work>
 void parallel(int threads, int64_t units, int64_t size, const Work& work) {
   Region<Work> region{work, units, size};
   const GompParallel start = gomp_parallel.load();
-  if (threads > 1 && start != nullptr && units > size) {
+  if (threads < 2 || units <= size) {
+    Region<Work>::run(&region);
+  } else if (Team* team = Team::led()) {
+    team->run(Region<Work>::run, &region);
+  } else if (start != nullptr) {
     start(Region<Work>::run, &region, static_cast<unsigned>(threads), 0);
   } else {
     Region<Work>::run(&region);
