@@ -15,6 +15,7 @@ import torch
 from manylora_server.adapters.receipt import Measurement, ReceiptMeter
 from manylora_server.core.errors import InvalidRequestError
 from manylora_server.core.store_errors import store_errors_translated
+from manylora_server.model.deferred_compiler import compiler_deferred
 from manylora_server.model.host_copy import host_copy
 from manylora_store.checkpoint.folder import AdapterFiles
 from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
@@ -59,8 +60,12 @@ class Intake:
 
     @staticmethod
     def warm_up() -> None:
-        """Import what the first adapter would have to wait for."""
-        import manylora_store.compiler.compile  # noqa: F401
+        """Import what the first adapter would have to wait for, or does."""
+        with compiler_deferred():
+            if torch.distributed.is_available():
+                # PEFT takes it for imported, which a lean transformers does not see to.
+                import torch.distributed.tensor as _  # noqa: F401
+            import manylora_store.compiler.compile  # noqa: F401
 
     def stage(self) -> Staging:
         """Return a new private folder for files on their way in."""
@@ -96,6 +101,7 @@ class Intake:
 
         Raises ``AdapterRefusedError``.
         """
+        self.warm_up()
         from manylora_store.compiler.compile import compile_adapter
 
         with store_errors_translated(param="files"):
@@ -133,6 +139,7 @@ class Intake:
 
     def load(self, digest: str) -> CompiledAdapter:
         """Read a stored revision as host memory keeps it. Raises ``AdapterLoadError`` causes."""
+        self.warm_up()
         from manylora_store.compiler.compile import compile_adapter
 
         with self.store.files(digest) as files:

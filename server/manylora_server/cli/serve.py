@@ -17,6 +17,7 @@ from manylora_server.cli import options
 from manylora_server.cli.http_server import address_of, bind, run_server
 from manylora_server.cli.keys import read_keys
 from manylora_server.cli.logs import announce, configure_logging, startup_errors_reported
+from manylora_server.core.collector import collector_paused
 from manylora_server.core.config import (
     EngineConfig,
     HttpConfig,
@@ -25,6 +26,8 @@ from manylora_server.core.config import (
     StoreConfig,
     default_home,
 )
+from manylora_server.model.deferred_compiler import compiler_deferred
+from manylora_server.model.lean_imports import import_transformers
 
 if TYPE_CHECKING:
     import socket
@@ -123,13 +126,15 @@ def warn_if_open(http: HttpConfig) -> None:
 @contextmanager
 def running_engine(config: ServerConfig, metrics: PrometheusMetrics) -> Iterator[AsyncEngine]:
     """Load everything and run the engine, watched by ``metrics``, until the block ends."""
-    from manylora_server.engine.build import build_engine
-
     # The engine's thread loads; ending the interpreter under it may hang in native code. There is
     # nothing to lose yet, so an interrupt ends the process at once, as a termination does.
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        engine = build_engine(config, metrics)
+        with compiler_deferred():
+            with collector_paused():
+                import_transformers()
+                from manylora_server.engine.build import build_engine
+            engine = build_engine(config, metrics)
         engine.start()
     finally:
         signal.signal(signal.SIGINT, previous)
