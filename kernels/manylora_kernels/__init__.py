@@ -4,7 +4,12 @@ Each operation is declared once (``library``), documented and checked once (``op
 by the backend that ``backends.select`` chose for it; ``reference`` is plain PyTorch and the oracle.
 """
 
-from manylora_kernels.backends import available_backends, select_backend, selected_backend
+from manylora_kernels.backends import (
+    available_backends,
+    operations,
+    select_backend,
+    selected_backend,
+)
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
     lora_delta_,
@@ -25,6 +30,7 @@ __all__ = [
     "available_backends",
     "lora_delta_",
     "nf4_linear",
+    "operations",
     "paged_attention",
     "prepare_nf4",
     "scale_shift_",

@@ -109,8 +109,8 @@ def test_selecting_what_does_not_exist_says_what_does() -> None:
     with pytest.raises(LookupError, match=r"no operation is called 'nope'; there are .*store_kv_"):
         select_backend("nope", "reference")
     before = selected_backend("store_kv_")
-    with pytest.raises(LookupError, match=r"'triton' does not implement 'store_kv_'.*reference"):
-        select_backend("store_kv_", "triton")
+    with pytest.raises(LookupError, match=r"'nobody' does not implement 'store_kv_'.*reference"):
+        select_backend("store_kv_", "nobody")
     assert selected_backend("store_kv_") == before
 
 
@@ -130,7 +130,8 @@ def spy() -> Iterator[list[str]]:
 
 def test_a_registered_backend_is_called_only_when_selected(spy: list[str]) -> None:
     assert selected_backend("lora_delta_") == "reference"
-    assert available_backends("lora_delta_") == ("reference", "spy")
+    assert available_backends("lora_delta_")[0] == "reference"
+    assert "spy" in available_backends("lora_delta_")
     extents = {0: RankExtent(0, 1, 1.0)}
     runs = SegmentMap([Segment(0, 1, 0)], 1).resolve(extents)
     assert runs is not None

@@ -8,7 +8,8 @@ from dataclasses import replace
 import psutil
 import torch
 
-from manylora_kernels import native, select_backend
+from manylora_kernels import available_backends, gpu, native, operations, select_backend
+from manylora_kernels.backends import REFERENCE
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake
@@ -174,12 +175,23 @@ def assemble(
 
 
 def select_compiled_backends(device: torch.device) -> None:
-    """Let the fastest backend that fits ``device`` compute 4-bit layers.
+    """Let the fastest backend that fits ``device`` compute each operation.
 
     bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
     """
-    usable = device.type == "cpu" and native.missing is None
-    select_backend("nf4_linear", native.NATIVE if usable else "bitsandbytes")
+    wanted: list[str] = []
+    if device.type == "cpu" and native.missing is None:
+        wanted.append(native.NATIVE)
+    elif device.type == "cuda":
+        reason = gpu.load()
+        if reason is None:
+            wanted.append(gpu.TRITON)
+        else:
+            logger.warning("no Triton kernels, so everything is slower: %s", reason)
+    wanted += ["bitsandbytes", REFERENCE]
+    for operation in operations():
+        available = available_backends(operation)
+        select_backend(operation, next(name for name in wanted if name in available))
 
 
 def _log_4bit_backend(device: torch.device) -> None:
