@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from manylora_kernels import native, select_backend, selected_backend
+from manylora_kernels import gpu, native, operations, select_backend, selected_backend
 from manylora_kernels.native.binding import (
     ISA_VARIABLE,
     LIBRARY_VARIABLE,
@@ -25,9 +25,10 @@ compiled = pytest.mark.skipif(native.missing is not None, reason=f"{native.missi
 
 @pytest.fixture(autouse=True)
 def _restored() -> object:
-    before = selected_backend("nf4_linear")
+    before = {operation: selected_backend(operation) for operation in operations()}
     yield
-    select_backend("nf4_linear", before)
+    for operation, backend in before.items():
+        select_backend(operation, backend)
 
 
 def imported(variable: str, value: str) -> subprocess.CompletedProcess[str]:
@@ -78,11 +79,17 @@ def test_torch_s_own_threads_are_found() -> None:
 
 
 @compiled
-def test_the_server_prefers_native_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_server_prefers_native_on_a_cpu(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "load", lambda: "no such thing")
     build.select_compiled_backends(CPU)
     assert selected_backend("nf4_linear") == native.NATIVE
+    assert selected_backend("lora_delta_") == native.NATIVE
     build.select_compiled_backends(torch.device("cuda"))
+    assert "no Triton kernels, so everything is slower: no such thing" in caplog.text
     assert selected_backend("nf4_linear") == "bitsandbytes"
+    assert selected_backend("lora_delta_") == "reference"
     with caplog.at_level(logging.INFO):
         build._log_4bit_backend(CPU)
     assert f"native kernels, {native.library.isa}" in caplog.text

@@ -34,7 +34,7 @@ from manylora_kernels.gpu.launch import (
     splits_of,
 )
 from manylora_kernels.nf4 import Form
-from manylora_kernels.reference.linear import nf4_linear_compiled
+from manylora_kernels.reference import linear as reference
 
 # Up to this many tokens a program reads its weights for all of them.
 SPLIT_TOKENS = 64
@@ -247,13 +247,13 @@ def nf4_linear_triton(
 ) -> torch.Tensor:
     """See ``ops.nf4_linear`` and the module docstring. Any shape and block size, NF4 and FP4.
 
-    Weights tiled for CPUs, and what is not ours, are computed by bitsandbytes or the reference.
+    Weights tiled for CPUs, and what is not ours, are computed by the reference.
     """
     whole = Form(*form)
     packed, code, absmax, *nested = weight
     known = absmax.dtype is (torch.uint8 if nested else torch.float32)
     if whole.tiled or not known or not is_ours(x) or (not INTERPRETED and not packed.is_cuda):
-        return nf4_linear_compiled(x, weight, form, absmax_offset, bias)
+        return reference.nf4_linear(x, weight, form, absmax_offset, bias)
     tokens, in_features = x.shape
     out_features = whole.out_features
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)

@@ -21,4 +21,5 @@ except LibraryMissingError as error:
     missing = str(error)
     logger.debug("no native kernels: %s", missing)
 else:
-    import manylora_kernels.native.linear  # noqa: F401 - registers
+    import manylora_kernels.native.linear
+    import manylora_kernels.native.lora  # noqa: F401 - both register
