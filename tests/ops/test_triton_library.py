@@ -47,8 +47,8 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.missing() == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    assert gpu.missing() == "the device has compute capability 7.0; 7.5 is needed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert gpu.missing() == "the device has compute capability 7.5; 8.0 is needed"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.missing() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

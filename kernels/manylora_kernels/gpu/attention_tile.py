@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def attend_tile(
-    q_tile: Any,
-    positions: Any,
-    k_head: Any,
-    v_head: Any,
-    table: Any,
-    first: Any,
-    last: Any,
-    scale: Any,
-    window: Any,
-    softcap: Any,
-    k_page: Any,
-    k_token: Any,
-    v_page: Any,
-    v_token: Any,
-    maximum: Any,
-    total: Any,
-    result: Any,
+    q_tile: tl.tensor,
+    positions: tl.tensor,
+    k_head: tl.tensor,
+    v_head: tl.tensor,
+    table: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    softcap: tl.tensor,
+    k_page: tl.tensor,
+    k_token: tl.tensor,
+    v_page: tl.tensor,
+    v_token: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    result: tl.tensor,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
     block_tokens: tl.constexpr,
@@ -35,7 +33,7 @@ def attend_tile(
     block_j: tl.constexpr,
     block_k: tl.constexpr,
     block_v: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Add keys ``[first, last)`` to each row's running maximum, sum and result.
 
     ``positions``: each row's own, -1 for a row that is none. ``first`` is a multiple of the step.

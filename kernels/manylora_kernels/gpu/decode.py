@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -12,27 +10,27 @@ from manylora_kernels.gpu.attention_tile import attend_tile
 
 @triton.jit(do_not_specialize=["partitions"])
 def decode(
-    out: Any,
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_tables: Any,
-    context_lens: Any,
-    sinks: Any,
-    maxima: Any,
-    totals: Any,
-    results: Any,
-    partitions: Any,
-    scale: Any,
-    window: Any,
-    softcap: Any,
-    q_token: Any,
-    q_head: Any,
-    table_stride: Any,
-    k_page: Any,
-    k_token: Any,
-    v_page: Any,
-    v_token: Any,
+    out: tl.tensor,
+    q: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    block_tables: tl.tensor,
+    context_lens: tl.tensor,
+    sinks: tl.tensor,
+    maxima: tl.tensor,
+    totals: tl.tensor,
+    results: tl.tensor,
+    partitions: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    softcap: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    table_stride: tl.tensor,
+    k_page: tl.tensor,
+    k_token: tl.tensor,
+    v_page: tl.tensor,
+    v_token: tl.tensor,
     group: tl.constexpr,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
@@ -133,14 +131,14 @@ def decode(
 
 @triton.jit(do_not_specialize=["partitions"])
 def combine(
-    out: Any,
-    maxima: Any,
-    totals: Any,
-    results: Any,
-    context_lens: Any,
-    sinks: Any,
-    partitions: Any,
-    window: Any,
+    out: tl.tensor,
+    maxima: tl.tensor,
+    totals: tl.tensor,
+    results: tl.tensor,
+    context_lens: tl.tensor,
+    sinks: tl.tensor,
+    partitions: tl.tensor,
+    window: tl.tensor,
     value_dim: tl.constexpr,
     partition: tl.constexpr,
     has_sinks: tl.constexpr,

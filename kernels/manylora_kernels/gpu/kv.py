@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,17 +14,17 @@ from manylora_kernels.reference import attention as reference
 
 @triton.jit
 def _store(
-    k: Any,
-    v: Any,
-    k_cache: Any,
-    v_cache: Any,
-    positions: Any,
-    k_token: Any,
-    k_head: Any,
-    v_token: Any,
-    v_head: Any,
-    key_dim: Any,
-    value_dim: Any,
+    k: tl.tensor,
+    v: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    positions: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
+    key_dim: tl.tensor,
+    value_dim: tl.tensor,
     block_k: tl.constexpr,
     block_v: tl.constexpr,
 ) -> None:

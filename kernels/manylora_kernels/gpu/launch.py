@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 
@@ -20,18 +18,8 @@ def is_ours(*tensors: torch.Tensor) -> bool:
 
 
 def dots_in_float32(tensor: torch.Tensor) -> bool:
-    """Whether operands of matrix products must be widened.
-
-    Devices before 8.0 have no bfloat16 products, and Triton's interpreter multiplies the bits.
-    """
-    if tensor.dtype is not torch.bfloat16:
-        return False
-    return INTERPRETED or _capability(tensor.device) < (8, 0)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    """Whether operands of products must be widened: the interpreter multiplies bfloat16's bits."""
+    return INTERPRETED and tensor.dtype is torch.bfloat16
 
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:

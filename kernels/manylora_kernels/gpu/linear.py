@@ -49,43 +49,46 @@ _COUNTERS = 65536
 
 @triton.jit
 def _maxima(
-    absmax: Any,
-    absmax_code: Any,
-    absmax_scale: Any,
-    absmax_offset: Any,
-    blocks: Any,
-    inside: Any,
+    absmax: tl.tensor,
+    absmax_code: tl.tensor,
+    absmax_scale: tl.tensor,
+    absmax_offset: tl.tensor,
+    blocks: tl.tensor,
+    inside: tl.tensor,
     group: tl.constexpr,
     nested: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return ``NF4Weight``'s ``absmax[blocks]``, 0 where not ``inside``."""
+    stored = tl.load(absmax + blocks, mask=inside, other=0)
     if nested:
-        stored = tl.load(absmax + blocks, mask=inside, other=0).to(tl.int32)
         scale = tl.load(absmax_scale + blocks // group, mask=inside, other=0.0)
-        return tl.where(inside, tl.load(absmax_code + stored) * scale + absmax_offset, 0.0)
-    return tl.load(absmax + blocks, mask=inside, other=0.0)
+        value = tl.load(absmax_code + stored.to(tl.int32)) * scale + absmax_offset
+        maxima = tl.where(inside, value, 0.0)
+    else:
+        maxima = stored
+    return maxima
 
 
 @triton.jit
 def _unpack(
-    packed: Any,
-    code: Any,
-    absmax: Any,
-    absmax_code: Any,
-    absmax_scale: Any,
-    absmax_offset: Any,
-    n: Any,
-    n_inside: Any,
-    column: Any,
-    in_features: Any,
-    row_bytes: Any,
+    packed: tl.tensor,
+    code: tl.tensor,
+    absmax: tl.tensor,
+    absmax_code: tl.tensor,
+    absmax_scale: tl.tensor,
+    absmax_offset: tl.tensor,
+    n: tl.tensor,
+    n_inside: tl.tensor,
+    column: tl.tensor,
+    in_features: tl.tensor,
+    row_bytes: tl.tensor,
     block_size: tl.constexpr,
     group: tl.constexpr,
     nested: tl.constexpr,
     segment: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return float32 ``W[n, column : column + block_k]``, 0 outside of ``W``.
 
     ``segment``: how many columns share a block maximum where rows are whole blocks; 0 where blocks
@@ -103,36 +106,39 @@ def _unpack(
         scale = _maxima(
             absmax, absmax_code, absmax_scale, absmax_offset, blocks, inside, group, nested
         )[:, :, None]
-        high, low = tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))
-        return tl.reshape(tl.join(high * scale, low * scale), (block_n, block_k))
-    k = column + tl.arange(0, block_k)
-    inside = n_inside[:, None] & (k < in_features)[None, :]
-    place = n.to(tl.int64)[:, None] * in_features + k[None, :]
-    pair = tl.load(packed + place // 2, mask=inside, other=0).to(tl.int32)
-    index = tl.where(place % 2 == 0, pair >> 4, pair & 15)
-    scale = _maxima(
-        absmax,
-        absmax_code,
-        absmax_scale,
-        absmax_offset,
-        place // block_size,
-        inside,
-        group,
-        nested,
-    )
-    return tl.load(code + index) * scale
+        high = tl.load(code + (pair >> 4)) * scale
+        low = tl.load(code + (pair & 15)) * scale
+        weight = tl.reshape(tl.join(high, low), (block_n, block_k))
+    else:
+        k = column + tl.arange(0, block_k)
+        inside = n_inside[:, None] & (k < in_features)[None, :]
+        place = n.to(tl.int64)[:, None] * in_features + k[None, :]
+        pair = tl.load(packed + place // 2, mask=inside, other=0).to(tl.int32)
+        index = tl.where(place % 2 == 0, pair >> 4, pair & 15)
+        scale = _maxima(
+            absmax,
+            absmax_code,
+            absmax_scale,
+            absmax_offset,
+            place // block_size,
+            inside,
+            group,
+            nested,
+        )
+        weight = tl.load(code + index) * scale
+    return weight
 
 
 @triton.jit
 def _write(
-    y: Any,
-    bias: Any,
-    total: Any,
-    n: Any,
-    n_inside: Any,
-    t: Any,
-    tokens: Any,
-    out_features: Any,
+    y: tl.tensor,
+    bias: tl.tensor,
+    total: tl.tensor,
+    n: tl.tensor,
+    n_inside: tl.tensor,
+    t: tl.tensor,
+    tokens: tl.tensor,
+    out_features: tl.tensor,
     has_bias: tl.constexpr,
 ) -> None:
     if has_bias:
@@ -143,23 +149,23 @@ def _write(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _linear(
-    y: Any,
-    x: Any,
-    packed: Any,
-    code: Any,
-    absmax: Any,
-    absmax_code: Any,
-    absmax_scale: Any,
-    absmax_offset: Any,
-    bias: Any,
-    scratch: Any,
-    counters: Any,
-    tokens: Any,
-    out_features: Any,
-    in_features: Any,
-    row_bytes: Any,
-    x_stride: Any,
-    part_columns: Any,
+    y: tl.tensor,
+    x: tl.tensor,
+    packed: tl.tensor,
+    code: tl.tensor,
+    absmax: tl.tensor,
+    absmax_code: tl.tensor,
+    absmax_scale: tl.tensor,
+    absmax_offset: tl.tensor,
+    bias: tl.tensor,
+    scratch: tl.tensor,
+    counters: tl.tensor,
+    tokens: tl.tensor,
+    out_features: tl.tensor,
+    in_features: tl.tensor,
+    row_bytes: tl.tensor,
+    x_stride: tl.tensor,
+    part_columns: tl.tensor,
     parts: tl.constexpr,
     split: tl.constexpr,
     block_size: tl.constexpr,
@@ -266,6 +272,7 @@ def nf4_linear_triton(
         block_n, block_t = _SPLIT_ROWS, max(16, triton.next_power_of_2(tokens))
     else:
         block_n, block_t = 128, 128 if tokens > 64 and x.element_size() == 2 else 64
+    segment = _segment(in_features, whole.block_size)
     grid = (triton.cdiv(out_features, block_n), parts if split else triton.cdiv(tokens, block_t))
     combines = split and parts > 1
     scratch = y
@@ -296,14 +303,14 @@ def nf4_linear_triton(
         block_size=whole.block_size,
         group=whole.absmax_block_size,
         nested=bool(nested),
-        segment=_segment(in_features, whole.block_size),
+        segment=segment,
         has_bias=bias is not None,
         widen=dots_in_float32(x),
         block_n=block_n,
         block_t=block_t,
         block_k=_COLUMNS,
         num_warps=4 if split else 8,
-        num_stages=_stages(x.device, block_t * x.element_size()),
+        num_stages=_stages(x.device, block_t * x.element_size()) if segment else 1,
     )
     return y
 

@@ -11,7 +11,6 @@ References: Punica's SGMV (arXiv:2310.18547), S-LoRA's MBGMM (arXiv:2311.03285).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -33,15 +32,15 @@ _EXPAND_COLUMNS = 128
 # Numbers that change from step to step are not specialized: no step may wait for a compiler.
 @triton.jit(do_not_specialize=["count_items"])
 def _shrink(
-    x: Any,
-    a: Any,
-    items: Any,
-    scratch: Any,
-    in_features: Any,
-    x_stride: Any,
-    a_stride: Any,
-    count_items: Any,
-    part_columns: Any,
+    x: tl.tensor,
+    a: tl.tensor,
+    items: tl.tensor,
+    scratch: tl.tensor,
+    in_features: tl.tensor,
+    x_stride: tl.tensor,
+    a_stride: tl.tensor,
+    count_items: tl.tensor,
+    part_columns: tl.tensor,
     table_columns: tl.constexpr,
     block_t: tl.constexpr,
     block_r: tl.constexpr,
@@ -84,16 +83,16 @@ def _shrink(
 
 @triton.jit(do_not_specialize=["count_items"])
 def _expand(
-    y: Any,
-    b: Any,
-    items: Any,
-    cells: Any,
-    scratch: Any,
-    out_features: Any,
-    y_stride: Any,
-    b_stride: Any,
-    count_items: Any,
-    parts: Any,
+    y: tl.tensor,
+    b: tl.tensor,
+    items: tl.tensor,
+    cells: tl.tensor,
+    scratch: tl.tensor,
+    out_features: tl.tensor,
+    y_stride: tl.tensor,
+    b_stride: tl.tensor,
+    count_items: tl.tensor,
+    parts: tl.tensor,
     table_columns: tl.constexpr,
     block_t: tl.constexpr,
     block_r: tl.constexpr,

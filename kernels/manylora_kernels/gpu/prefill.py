@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -12,26 +10,26 @@ from manylora_kernels.gpu.attention_tile import attend_tile
 
 @triton.jit(do_not_specialize=["sequences", "first_sequence"])
 def prefill(
-    out: Any,
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_tables: Any,
-    context_lens: Any,
-    query_starts: Any,
-    sinks: Any,
-    first_sequence: Any,
-    sequences: Any,
-    scale: Any,
-    window: Any,
-    softcap: Any,
-    q_token: Any,
-    q_head: Any,
-    table_stride: Any,
-    k_page: Any,
-    k_token: Any,
-    v_page: Any,
-    v_token: Any,
+    out: tl.tensor,
+    q: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    block_tables: tl.tensor,
+    context_lens: tl.tensor,
+    query_starts: tl.tensor,
+    sinks: tl.tensor,
+    first_sequence: tl.tensor,
+    sequences: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    softcap: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    table_stride: tl.tensor,
+    k_page: tl.tensor,
+    k_token: tl.tensor,
+    v_page: tl.tensor,
+    v_token: tl.tensor,
     group: tl.constexpr,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,

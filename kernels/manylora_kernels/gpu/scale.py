@@ -6,8 +6,6 @@ and they stay in cache. So the grid depends on shapes only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,14 +20,14 @@ _COLUMNS = 1024
 
 @triton.jit(do_not_specialize=["count"])
 def _scale_shift(
-    y: Any,
-    scale: Any,
-    shift: Any,
-    segments: Any,
-    count: Any,
-    width: Any,
-    y_stride: Any,
-    pool_stride: Any,
+    y: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    segments: tl.tensor,
+    count: tl.tensor,
+    width: tl.tensor,
+    y_stride: tl.tensor,
+    pool_stride: tl.tensor,
     block: tl.constexpr,
 ) -> None:
     token = tl.program_id(0)
