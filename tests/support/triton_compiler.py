@@ -101,6 +101,7 @@ def pretend(capability: int) -> None:
             "is_ours": lambda *tensors: True,
             "INTERPRETED": True,
             "_shared_memory": lambda device: SHARED[capability] * 1024,
+            "_is_large": lambda device: SHARED[capability] >= 200,
             "dots_in_float32": lambda tensor: False,
         }.items():
             if hasattr(module, name):

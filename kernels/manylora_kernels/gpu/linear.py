@@ -106,8 +106,13 @@ def _unpack(
         scale = _maxima(
             absmax, absmax_code, absmax_scale, absmax_offset, blocks, inside, group, nested
         )[:, :, None]
-        high = tl.load(code + (pair >> 4)) * scale
-        low = tl.load(code + (pair & 15)) * scale
+        high = tl.zeros((block_n, block_k // segment, segment // 2), dtype=tl.float32)
+        low = high
+        # Always so, which the compiler cannot know: within a branch these lookups are loads from
+        # cache, outside of it each would be copied through shared memory ahead of its use.
+        if column < in_features:
+            high = tl.load(code + (pair >> 4)) * scale
+            low = tl.load(code + (pair & 15)) * scale
         weight = tl.reshape(tl.join(high, low), (block_n, block_k))
     else:
         k = column + tl.arange(0, block_k)
@@ -271,7 +276,8 @@ def nf4_linear_triton(
     if split:
         block_n, block_t = _SPLIT_ROWS, max(16, triton.next_power_of_2(tokens))
     else:
-        block_n, block_t = 128, 128 if tokens > 64 and x.element_size() == 2 else 64
+        # More tokens at once need the registers and the shared memory of 9.0.
+        block_n, block_t = 128, 128 if x.element_size() == 2 and _is_large(x.device) else 64
     segment = _segment(in_features, whole.block_size)
     grid = (triton.cdiv(out_features, block_n), parts if split else triton.cdiv(tokens, block_t))
     combines = split and parts > 1
@@ -336,6 +342,10 @@ def _stages(device: torch.device, row_bytes: int) -> int:
     # The unpacked tile is in shared memory once, x's tile and the bytes once for each step ahead.
     unpacked = 128 * _COLUMNS * 4
     return max(1, min(4, (shared - unpacked) // (row_bytes * _COLUMNS + 8192)))
+
+
+def _is_large(device: torch.device) -> bool:
+    return device.type == "cuda" and _shared_memory(device) >= 200 * 1024
 
 
 @functools.cache
