@@ -27,6 +27,7 @@ def test_everything_is_checked_and_nothing_timed(tmp_path: Path) -> None:
     assert not any(key in row for row in rows for key in ("s", "wrong"))
 
 
+@requires_triton
 def test_no_speed_is_given_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import gpu as bench

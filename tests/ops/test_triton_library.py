@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import triton
 
 from manylora_kernels import available_backends, gpu, operations, select_backend, selected_backend
 from manylora_server.engine import build
 from support.triton import requires_triton
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
 
 @pytest.fixture(autouse=True)

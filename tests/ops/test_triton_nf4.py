@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from manylora_kernels import NF4Weight, nf4_linear
-from manylora_kernels.gpu.launch import splits_of
 from manylora_kernels.tiles import tile
 from support.nf4 import quantize, unpacked
 from support.triton import (  # noqa: F401 - a fixture
@@ -124,6 +123,8 @@ def test_what_is_not_ours_is_computed_all_the_same() -> None:
 @pytest.mark.parametrize("columns", [1, 128, 129, 4096, 14336])
 @pytest.mark.parametrize("most", [1, 3, 8])
 def test_parts_cover_every_column_once(columns: int, most: int) -> None:
+    from manylora_kernels.gpu.launch import splits_of
+
     parts, length = splits_of(columns, 128, most)
     assert parts <= most
     assert length % 128 == 0

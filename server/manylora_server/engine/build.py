@@ -8,7 +8,14 @@ from dataclasses import replace
 import psutil
 import torch
 
-from manylora_kernels import available_backends, gpu, native, operations, select_backend
+from manylora_kernels import (
+    available_backends,
+    gpu,
+    native,
+    operations,
+    select_backend,
+    selected_backend,
+)
 from manylora_kernels.backends import REFERENCE
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
@@ -25,6 +32,7 @@ from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
+from manylora_server.model.cuda_graphs import DecodeGraphs
 from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.runner import ModelRunner
@@ -145,8 +153,13 @@ def assemble(
     catalog = AdapterCatalog(intake.store, intake.base_fingerprint)
     residency.pin(catalog.pinned())
     observer.on_registered(len(catalog))
+    graphs = None
+    if loaded.device.type == "cuda" and selected_backend("lora_delta_") == gpu.TRITON:
+        graphs = DecodeGraphs(
+            loaded.model, cache, lambda: modules.wrapped, loaded.dtype, loaded.device
+        )
     engine = Engine(
-        runner=ModelRunner(loaded.model, cache, loaded.dtype, loaded.device),
+        runner=ModelRunner(loaded.model, cache, loaded.dtype, loaded.device, graphs),
         blocks=blocks,
         residency=residency,
         decoder=tokenizer,

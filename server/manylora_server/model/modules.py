@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -37,6 +37,11 @@ class AdaptedModules:
         self.copy_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def wrapped(self) -> Collection[AdaptedModule]:
+        """The modules that an adapter has touched."""
+        return self._wrapped.values()
 
     def install(self, slot: int, adapter: CompiledAdapter) -> None:
         """Install every patch of ``adapter`` under ``slot`` at once, or none if one fails."""

@@ -13,6 +13,7 @@ from manylora_kernels import Segment, SegmentMap
 from manylora_server.model.attention import KVCache, PagedAttention
 from manylora_server.model.batch import Chunk
 from manylora_server.model.context import ForwardContext, forward_context
+from manylora_server.model.cuda_graphs import DecodeGraphs
 
 
 class ModelRunner:
@@ -23,12 +24,18 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: nn.Module, cache: KVCache, dtype: torch.dtype, device: torch.device
+        self,
+        model: nn.Module,
+        cache: KVCache,
+        dtype: torch.dtype,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self._dtype = dtype
         self._device = device
+        self._graphs = graphs
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
@@ -44,6 +51,10 @@ class ModelRunner:
             ends.append(total)
         keep = [end - 1 for end, chunk in zip(ends, ordered, strict=True) if chunk.sample]
         starts = [0, *ends]
+        if self._graphs is not None:
+            replayed = self._graphs.logits(ordered, _segments(ordered, starts))
+            if replayed is not None:
+                return self._as_given(replayed, sampled)
         segments = self._map(_segments(ordered, starts), total)
         output_segments = segments
         if self._keeps_logits:
@@ -68,11 +79,14 @@ class ModelRunner:
             ).logits[0]
         if not self._keeps_logits:
             out = out[rows]
-        if sampled != sorted(sampled):
-            back = sorted(range(len(sampled)), key=lambda row: sampled[row])
-            out = out[torch.tensor(back, device=self._device)]
-        result: torch.Tensor = out.float()
-        return result
+        return self._as_given(out, sampled).float()
+
+    def _as_given(self, rows: torch.Tensor, sampled: list[int]) -> torch.Tensor:
+        """Return ``rows`` of the chunks ``sampled`` in the order that the chunks were given in."""
+        if sampled == sorted(sampled):
+            return rows
+        back = sorted(range(len(sampled)), key=lambda row: sampled[row])
+        return rows[torch.tensor(back, device=self._device)]
 
     def _map(self, segments: list[Segment], rows: int) -> SegmentMap:
         return SegmentMap(segments, rows, device=self._device, dtype=self._dtype)
