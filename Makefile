@@ -37,10 +37,10 @@ sanitize: $(VENV)/.installed-dev
 		$(BIN)/python -m pytest $(wildcard tests/ops/test_native_*.py) $(PYTEST_FLAGS)
 
 # Runs with $(PYTHON) as it is, installing nothing: a GPU machine brings its own torch. What it
-# lacks may lie in a folder named by PYTHONPATH.
+# lacks may lie in a folder named by PYTHONPATH. GPU_FLAGS='--only kernels,bench' runs a part.
 gpu-test:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-test: torch sees no CUDA device here; nothing was tested")'
-	PYTHONPATH=kernels:adapters_store:server:$$PYTHONPATH $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(CURDIR)/kernels:$(CURDIR)/adapters_store:$(CURDIR)/server:$$PYTHONPATH \
+		$(PYTHON) tests/gpu/suite.py $(GPU_FLAGS)
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

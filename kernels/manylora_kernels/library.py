@@ -19,7 +19,8 @@ _SCHEMAS = {
     "half_linear": "(Tensor x, Tensor tiles, int out_features, Tensor? bias) -> Tensor",
     "lora_delta_": (
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor segments, Tensor weights, "
-        "Tensor? tokens, Tensor? valid, Tensor? rows, Tensor? scales, int step) -> ()"
+        "Tensor? tokens, Tensor? valid, Tensor? rows, Tensor? scales, int step, "
+        "Tensor[]? plan=None) -> ()"
     ),
     "scale_shift_": "(Tensor(a!) y, Tensor scale, Tensor shift, Tensor segments) -> ()",
     "store_kv_": (

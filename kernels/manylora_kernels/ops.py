@@ -10,6 +10,7 @@ import torch
 import manylora_kernels.library
 import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
 from manylora_kernels.backends import REFERENCE, select_backend, selected_backend
+from manylora_kernels.gpu import TRITON
 from manylora_kernels.half import DTYPES, PANEL_ROWS, HalfWeight
 from manylora_kernels.native import NATIVE, NATIVE_INT8
 from manylora_kernels.nf4 import NF4Weight
@@ -116,9 +117,11 @@ def lora_delta_(
             f"a {tuple(a.shape)}, b {tuple(b.shape)}"
         )
     ungrouped = (None, None, None, None, 0)
+    backend = selected_backend("lora_delta_")
     # Only the reference reads the grouped form, and making it costs as much as a small product.
-    grouped = (runs.grouped if selected_backend("lora_delta_") == REFERENCE else None) or ungrouped
-    torch.ops.manylora.lora_delta_(y, x, a, b, runs.segments, runs.weights, *grouped)
+    grouped = (runs.grouped if backend == REFERENCE else None) or ungrouped
+    plan = runs.plan if backend == TRITON else None
+    torch.ops.manylora.lora_delta_(y, x, a, b, runs.segments, runs.weights, *grouped, plan)
 
 
 def scale_shift_(
@@ -128,7 +131,8 @@ def scale_shift_(
 
     For every segment ``(t0, t1, row)``: ``y[t] = scale[row] * y[t] + shift[row]`` for ``t`` in
     ``[t0, t1)``. ``y [T, out]``, ``scale`` and ``shift`` ``[rows, out]``, ``segments`` int32
-    ``[S, 3]`` on the CPU. Tokens in no segment keep their bits.
+    ``[S, 3]`` on any device (``SegmentMap.resolve_rows`` chooses the backend's), in which a row of
+    zeros is padding. Tokens in no segment keep their bits.
     """
     if scale.shape != shift.shape or scale.shape[1] != y.shape[1]:
         raise ValueError(
@@ -149,6 +153,8 @@ def store_kv_(
 
     ``k_cache [blocks, block_tokens, heads, dim_k]``, ``v_cache [.., dim_v]``, ``k [T, heads,
     dim_k]``, ``v [T, heads, dim_v]``, ``positions`` int64 ``[T]`` = block * block_tokens + offset.
+    Backends for CUDA graphs write nothing for negative positions, which pad a batch there; the
+    others need not know them.
     """
     torch.ops.manylora.store_kv_(k_cache, v_cache, k, v, positions)
 

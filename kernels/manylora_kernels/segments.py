@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from manylora_kernels.backends import selected_backend
+from manylora_kernels.gpu import TRITON
+from manylora_kernels.tile_plan import TilePlan, build, upload
+
 # Up to this many tokens (decode, mostly) calls cost more than arithmetic and all segments are
 # multiplied in one batch; beyond it each is worth a product of its own (docs/performance.md).
 GROUPED_MAX_TOKENS = 64
@@ -60,7 +64,7 @@ class RankSegments:
     ``segments`` is int32 ``[S, 4]``: token start, token end, rank row start, rank row end;
     ``weights`` float32 ``[S]`` is scaling times mix weight; both stay on the CPU. ``grouped`` is
     the same in another form, ``None`` where a loop over the segments is cheaper; it is made when
-    it is first asked for.
+    it is first asked for. ``plan`` is the same as tables for a GPU's kernels, made likewise.
     """
 
     def __init__(
@@ -83,6 +87,11 @@ class RankSegments:
         if len(self._runs) < 2 or self._num_tokens > GROUPED_MAX_TOKENS:
             return None
         return _group(self._runs, self._device, self._dtype)
+
+    @cached_property
+    def plan(self) -> TilePlan:
+        """See ``tile_plan``. On the device of the step."""
+        return build(self._runs, self._device)
 
 
 def _group(
@@ -123,7 +132,7 @@ def _group(
 class SegmentMap:
     """The segments of one step, over ``num_tokens`` rows."""
 
-    __slots__ = ("_device", "_dtype", "_resolved", "num_tokens", "segments")
+    __slots__ = ("_device", "_dtype", "_resolved", "_rows", "num_tokens", "segments")
 
     def __init__(
         self,
@@ -139,6 +148,7 @@ class SegmentMap:
         self._dtype = dtype
         # Most modules of a model share one layout of rank rows, so one resolution serves them all.
         self._resolved: dict[tuple[RankExtent | None, ...], RankSegments | None] = {}
+        self._rows: dict[tuple[int | None, ...], torch.Tensor | None] = {}
 
     def resolve(self, extents: Mapping[int, RankExtent]) -> RankSegments | None:
         """Return the segments in terms of rank rows, ``None`` if no token's slot has any."""
@@ -159,3 +169,23 @@ class SegmentMap:
         resolved = RankSegments(runs, self.num_tokens, self._device, self._dtype) if runs else None
         self._resolved[key] = resolved
         return resolved
+
+    def resolve_rows(self, rows: Mapping[int, int]) -> torch.Tensor | None:
+        """Return the segments of ``scale_shift_``: those whose slots are in ``rows``.
+
+        Where the selected backend wants them; ``None`` if there are none.
+        """
+        key = tuple([rows.get(segment.slot) for segment in self.segments])
+        if key not in self._rows:
+            found = [
+                (segment.start, segment.end, row)
+                for segment, row in zip(self.segments, key, strict=True)
+                if row is not None
+            ]
+            table = None
+            if found and selected_backend("scale_shift_") == TRITON:
+                table = upload(found, self._device)
+            elif found:
+                table = torch.tensor(found, dtype=torch.int32)
+            self._rows[key] = table
+        return self._rows[key]

@@ -10,7 +10,7 @@ import torch
 from support.adapters import lora, save_adapter
 from support.models import save_model
 from support.oracle import Oracle, greedy
-from support.serving import Recorder, build, inner, request, run, tokens_of
+from support.serving import Recorder, bring_in, build, inner, request, run, tokens_of
 
 pytestmark = pytest.mark.gpu
 
@@ -104,3 +104,35 @@ def test_adapters_that_take_turns_on_one_slot_of_the_gpu(tmp_path: Path) -> None
                 tokens = tokens_of(outputs[f"{name}/{index}"])
                 assert tokens == alone.setdefault((name, index), tokens)
         engine.close()
+
+
+def test_decode_steps_are_replayed_and_give_what_they_give_without_graphs(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    base = save_model("llama", folder)
+    adapters = {
+        name: save_adapter(base, lora("llama", r=3 + 9 * seed), tmp_path / name, seed)
+        for seed, name in enumerate("abcd")
+    }
+
+    def tokens(graphs: bool) -> dict[str, list[int]]:
+        engine = build(
+            folder, tmp_path / "home", quantization="nf4", device="cuda", adapters=adapters
+        )
+        core = inner(engine)
+        own = core._runner.graphs
+        assert own is not None, "the server did not choose the Triton backend"
+        if not graphs:
+            core._runner.graphs = None
+        bring_in(engine)
+        requests = [
+            request(f"{name}/{index}", prompt, engine.adapters.resolve(name), max_tokens=20 + index)
+            for index, prompt in enumerate(PROMPTS)
+            for name in adapters
+        ]
+        outputs = run(core, {0: requests[::2], 3: requests[1::2]})
+        assert not own.given_up
+        assert bool(own.buckets) == graphs
+        engine.close()
+        return {name: tokens_of(output) for name, output in outputs.items()}
+
+    assert tokens(graphs=True) == tokens(graphs=False)

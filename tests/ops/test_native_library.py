@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from manylora_kernels import native, operations, select_backend, selected_backend
+from manylora_kernels import gpu, native, operations, select_backend, selected_backend
 from manylora_kernels.native.binding import (
     ISA_VARIABLE,
     LIBRARY_VARIABLE,
@@ -91,10 +91,14 @@ def test_torch_s_own_threads_are_found() -> None:
 
 
 @compiled
-def test_the_server_prefers_native_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_server_prefers_native_on_a_cpu(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "load", lambda: "no such thing")
     build.select_compiled_backends(CPU)
     assert {selected_backend(name) for name in FALL_BACKS} == {native.NATIVE}
     build.select_compiled_backends(torch.device("cuda"))
+    assert "no Triton kernels, so everything is slower: no such thing" in caplog.text
     assert {name: selected_backend(name) for name in FALL_BACKS} == FALL_BACKS
     with caplog.at_level(logging.INFO):
         build._log_4bit_backend(CPU)

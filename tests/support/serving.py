@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from manylora_store.checkpoint.folder import open_folder
 from manylora_store.records import AdapterRecord
 from manylora_store.store import AdapterStore
 
+# `make gpu-test` runs the engine's tests on a GPU.
+DEVICE = os.environ.get("MANYLORA_TEST_DEVICE", "cpu")
+
 
 class Recorder:
     """Takes the place of an engine's runner and keeps what each request's tokens came from."""
@@ -38,7 +42,7 @@ class Recorder:
         running = self._engine.scheduler.running
         owner = {id(s.block_table): s.request.request_id for s in running}
         sampled = [owner[id(chunk.block_table)] for chunk in chunks if chunk.sample]
-        for request_id, row in zip(sampled, result.clone(), strict=True):
+        for request_id, row in zip(sampled, result.to("cpu", copy=True), strict=True):
             self.rows.setdefault(request_id, []).append(row)
         return result
 
@@ -48,7 +52,7 @@ def build(
     home: Path,
     *,
     quantization: str = "none",
-    device: str = "cpu",
+    device: str = DEVICE,
     dtype: str = "float32",
     adapters: Mapping[str, Path] | None = None,
     **limits: Any,

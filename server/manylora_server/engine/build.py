@@ -10,6 +10,7 @@ import torch
 
 from manylora_kernels import (
     available_backends,
+    gpu,
     native,
     nf4_linear_in_float,
     operations,
@@ -32,6 +33,7 @@ from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
+from manylora_server.model.cuda_graphs import DecodeGraphs
 from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.program.attach import attach_program
@@ -157,6 +159,10 @@ def assemble(
     residency.pin(catalog.pinned())
     observer.on_registered(len(catalog))
     runner = ModelRunner(loaded.model, cache, loaded.dtype, loaded.device)
+    if loaded.device.type == "cuda" and selected_backend("lora_delta_") == gpu.TRITON:
+        runner.graphs = DecodeGraphs(
+            loaded.model, cache, lambda: modules.wrapped, loaded.dtype, loaded.device
+        )
     attach_program(runner, loaded, tested, modules)
     engine = Engine(
         runner=runner,
@@ -192,14 +198,20 @@ def select_compiled_backends(device: torch.device, cpu_math: CpuMath = "float32"
 
     bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
     """
-    usable = device.type == "cpu" and native.missing is None
-    wanted = [native.NATIVE] if usable else []
-    if usable and cpu_math == "int8":
-        wanted.insert(0, native.NATIVE_INT8)
+    wanted: list[str] = []
+    if device.type == "cpu" and native.missing is None:
+        wanted = [native.NATIVE_INT8] if cpu_math == "int8" else []
+        wanted.append(native.NATIVE)
+    elif device.type == "cuda":
+        reason = gpu.load()
+        if reason is None:
+            wanted.append(gpu.TRITON)
+        else:
+            logger.warning("no Triton kernels, so everything is slower: %s", reason)
+    wanted += ["bitsandbytes", REFERENCE]
     for operation in operations():
         available = available_backends(operation)
-        order = (*wanted, "bitsandbytes", REFERENCE)
-        select_backend(operation, next(name for name in order if name in available))
+        select_backend(operation, next(name for name in wanted if name in available))
 
 
 def check_cpu_math(config: ModelConfig, device: torch.device) -> None:

@@ -127,7 +127,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return dtype
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Emulated bfloat16 is slower than float16.
+    whole = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if whole else torch.float16
 
 
 def resolve_folder(model: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -46,6 +46,11 @@ class AdaptedModules:
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    @property
+    def wrapped(self) -> Collection[AdaptedModule]:
+        """The modules that an adapter has touched."""
+        return self._wrapped.values()
+
     def install(self, slot: int, adapter: CompiledAdapter) -> None:
         """Install every patch of ``adapter`` under ``slot`` at once, or none if one fails."""
         Installation(self, slot, adapter).finish()
@@ -71,7 +76,7 @@ class AdaptedModules:
             for pool in (module.ranks.a, module.ranks.b)
         )
 
-    def wrapped(self, name: str) -> AdaptedModule | None:
+    def find(self, name: str) -> AdaptedModule | None:
         """Return the module called ``name`` if an adapter has touched it."""
         return self._wrapped.get(name)
 

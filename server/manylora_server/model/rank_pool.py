@@ -109,13 +109,9 @@ class AffinePool:
 
     def apply(self, y: torch.Tensor, segments: SegmentMap) -> None:
         """Scale and shift the rows of ``y [T, out]`` whose slots have a map, in place."""
-        found = [
-            (start, end, self.rows[slot])
-            for start, end, slot, _ in segments.segments
-            if slot in self.rows
-        ]
-        if found:
-            scale_shift_(y, self.scale, self.shift, torch.tensor(found, dtype=torch.int32))
+        table = segments.resolve_rows(self.rows) if self.rows else None
+        if table is not None:
+            scale_shift_(y, self.scale, self.shift, table)
 
     def remove(self, slot: int) -> None:
         """Give ``slot``'s row back; the memory when it was the last."""

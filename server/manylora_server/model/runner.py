@@ -13,6 +13,7 @@ from manylora_kernels import Segment, SegmentMap
 from manylora_server.model.attention import KVCache, PagedAttention
 from manylora_server.model.batch import Chunk
 from manylora_server.model.context import ForwardContext, forward_context
+from manylora_server.model.cuda_graphs import DecodeGraphs
 from manylora_server.model.program.program import StepProgram, record_program
 
 
@@ -28,6 +29,8 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.cache = cache
+        # At most one of them: replays of decode steps on a GPU, or of any step on a CPU.
+        self.graphs: DecodeGraphs | None = None
         self.program: StepProgram | None = None
         self._dtype = dtype
         self._device = device
@@ -49,6 +52,10 @@ class ModelRunner:
             ends.append(total)
         keep = [end - 1 for end, chunk in zip(ends, ordered, strict=True) if chunk.sample]
         starts = [0, *ends]
+        if self.graphs is not None:
+            replayed = self.graphs.logits(ordered, _segments(ordered, starts))
+            if replayed is not None:
+                return self._as_given(replayed, sampled)
         segments = self._map(_segments(ordered, starts), total)
         output_segments = segments
         if self._keeps_logits:
@@ -74,11 +81,14 @@ class ModelRunner:
                 out = self._forward(input_ids, position_ids, rows)
         if not self._keeps_logits:
             out = out[rows]
-        if sampled != sorted(sampled):
-            back = sorted(range(len(sampled)), key=lambda row: sampled[row])
-            out = out[torch.tensor(back, device=self._device)]
-        result: torch.Tensor = out.float()
-        return result
+        return self._as_given(out, sampled).float()
+
+    def _as_given(self, rows: torch.Tensor, sampled: list[int]) -> torch.Tensor:
+        """Return ``rows`` of the chunks ``sampled`` in the order that the chunks were given in."""
+        if sampled == sorted(sampled):
+            return rows
+        back = sorted(range(len(sampled)), key=lambda row: sampled[row])
+        return rows[torch.tensor(back, device=self._device)]
 
     def record(self, modules: dict[str, nn.Module], head: str | None) -> None:
         """Replay the model's pass from now on; ``NotRecordableError`` where that cannot be.

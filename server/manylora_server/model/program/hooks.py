@@ -113,7 +113,7 @@ class HookTable:
             return numbers[key]
 
         for index, place in enumerate(self._places):
-            module = None if adapters is None else adapters.wrapped(place.module)
+            module = None if adapters is None else adapters.find(place.module)
             if module is None or not module.slots:
                 continue
             self._modules[index] = module
