@@ -22,7 +22,7 @@ NAN = float("nan")
 SHAPES = [(1, 64), (5, 64), (16, 128), (33, 192), (70, 576), (7, 96), (260, 96), (37, 72)]
 UNTILEABLE = [(4, 172), (6, 100), (3, 5)]
 # Either side of what each path takes at once, and more than one chunk (264) with a rest.
-TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 24, 30, 271]
+TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 24, 25, 30, 48, 49, 271]
 
 
 @pytest.fixture(params=native.library.isas)
@@ -113,7 +113,7 @@ def test_a_token_s_result_does_not_depend_on_the_batch(isa: str, shape: tuple[in
     weight, bias = tiled(shape), random(shape[0], seed=3)
     x = random(280, shape[1], seed=4)
     alone = torch.cat([nf4_linear(x[t : t + 1], weight, bias) for t in range(280)])
-    for tokens in (*range(2, 30), 263, 264, 265, 280):
+    for tokens in (*range(2, 30), 48, 49, 263, 264, 265, 280):
         assert torch.equal(nf4_linear(x[:tokens], weight, bias), alone[:tokens]), tokens
     assert torch.equal(nf4_linear(x[3:19], weight, bias), alone[3:19])
 

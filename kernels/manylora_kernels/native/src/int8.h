@@ -12,6 +12,14 @@
 
 #include "nf4.h"
 
+// Compilers that know AMX.
+#if defined(__x86_64__) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 11)
+#define MANYLORA_AMX 1
+#else
+#define MANYLORA_AMX 0
+#endif
+
 namespace manylora {
 
 constexpr float kInt8Steps = 127.0f;
@@ -45,7 +53,9 @@ extern const Int8Kernels kInt8Portable;
 #if defined(__x86_64__)
 extern const Int8Kernels kInt8Avx2;
 extern const Int8Kernels kInt8Vnni;  // AVX-512 with VNNI
-extern const Int8Kernels kInt8Amx;   // and AMX for the products
+#endif
+#if MANYLORA_AMX
+extern const Int8Kernels kInt8Amx;  // AVX-512, and AMX for the products
 #endif
 
 // False where `isa` does not run here or memory is short. `amx`: whether AVX-512 may use it.

@@ -1,6 +1,7 @@
 // AMX: a matrix register of 16 tokens times one of 16 rows of W, 64 columns at once. The rest in
 // AVX-512. Compiled for them whatever the command line says, and called only where they run.
-#if defined(__x86_64__)
+#include "int8.h"
+#if MANYLORA_AMX
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx2,fma"))), apply_to = function)
@@ -8,8 +9,6 @@
 #pragma GCC target("amx-tile,amx-int8,avx512f,avx512bw,avx2,fma")
 #endif
 #include <immintrin.h>
-
-#include "int8.h"
 
 namespace manylora {
 namespace {
@@ -171,4 +170,4 @@ const Int8Kernels kInt8Amx = {kTokens, kPadded, kItemPanels, quantize, rows, scr
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#endif  // __x86_64__
+#endif  // MANYLORA_AMX

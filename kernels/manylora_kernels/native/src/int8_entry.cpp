@@ -3,7 +3,7 @@
 #include "int8.h"
 #include "runtime.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if MANYLORA_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,10 +16,12 @@ constexpr int64_t kSerialFloats = 32768;
 // From here on AMX is faster: it computes 16 tokens as fast as one.
 constexpr int64_t kAmxTokens = 15;
 
-const Int8Kernels* kernels_of(int isa, bool amx) {
+const Int8Kernels* kernels_of(int isa, [[maybe_unused]] bool amx) {
   if (!runs(isa)) return nullptr;
-#if defined(__x86_64__)
+#if MANYLORA_AMX
   if (isa == kAvx512 && amx) return &kInt8Amx;
+#endif
+#if defined(__x86_64__)
   if (isa == kAvx512 && __builtin_cpu_supports("avx512vnni")) return &kInt8Vnni;
   if (isa == kAvx512 || isa == kAvx2) return &kInt8Avx2;
 #endif
@@ -72,7 +74,7 @@ extern "C" {
 
 // Whether this process may use AMX's eight-bit products; asks the system for it.
 int manylora_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if MANYLORA_AMX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return manylora::runs(manylora::kAvx512) && __builtin_cpu_supports("amx-int8") &&
          __builtin_cpu_supports("amx-tile") &&

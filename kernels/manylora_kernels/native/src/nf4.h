@@ -19,7 +19,7 @@ constexpr int64_t kMaxSegment = 128;
 struct Nf4Matrix {
   const uint8_t* tiles;       // [panels][in / 8][64]
   const float* code;          // [16]
-  const void* absmax;         // [panels][in / segment][16]: uint8 where absmax_code is given, or float
+  const void* absmax;         // [panels][in / segment][16]: uint8 with absmax_code, else float
   const float* absmax_code;   // [256] or null
   const float* absmax_scale;  // [ceil(out * in / group)] or null
   int64_t out;

@@ -8,11 +8,22 @@ namespace {
 // Tokens whose x is packed at once; bounds the memory beside the result.
 constexpr int64_t kChunkTokens = 264;
 constexpr int64_t kItemPanels = 8;
+// Reading the weights again for a second pass costs less than unpacking them into memory.
+constexpr int64_t kFewPasses = 2;
 // Most panels that `few` is handed at once, and a multiple of those that it takes side by side.
 constexpr int64_t kMostFewPanels = 16;
 constexpr int64_t kSharedPanels = 4;
 // Below this many floats waking a thread costs more than it brings.
 constexpr int64_t kSerialFloats = 32768;
+
+// At most `count` tokens from `token` on.
+Nf4Job part_of(const Nf4Job& job, int64_t token, int64_t count) {
+  Nf4Job part = job;
+  part.tokens = least(count, job.tokens - token);
+  part.x += token * job.w.in;
+  part.y += token * job.stride;
+  return part;
+}
 
 void pack(const Nf4Kernels& kernels, const Nf4Job& job, int64_t tile_tokens, int threads,
           float* packed) {
@@ -26,17 +37,22 @@ void pack(const Nf4Kernels& kernels, const Nf4Job& job, int64_t tile_tokens, int
 
 bool run_few(const Nf4Kernels& kernels, const Nf4Job& job, int threads) {
   const int64_t panels = quotient_up(job.w.out, kPanelRows);
-  const Scratch packed(job.tokens == 1 ? 0 : job.tokens * job.w.in);
+  const int64_t passes = quotient_up(job.tokens, kernels.few_tokens);
+  const int64_t most = quotient_up(job.tokens, passes);
+  const Scratch packed(most == 1 ? 0 : most * job.w.in);
   if (packed.data() == nullptr) return false;
-  if (job.tokens > 1) pack(kernels, job, job.tokens, threads, packed.data());
-  const float* x = job.tokens == 1 ? job.x : packed.data();
   // A multiple of the panels that share a pass over x; large, since each item's first bytes are
   // prefetched only by the item before, in the same thread.
   const int64_t share = quotient_up(panels, int64_t{threads} * 8);
   const int64_t size = quotient_up(least(share, kMostFewPanels), kSharedPanels) * kSharedPanels;
-  parallel(threads, panels, size, [&](int, int64_t first, int64_t last) {
-    kernels.few(job, first, last, x);
-  });
+  for (int64_t token = 0; token < job.tokens; token += most) {
+    const Nf4Job part = part_of(job, token, most);
+    if (part.tokens > 1) pack(kernels, part, part.tokens, threads, packed.data());
+    const float* x = part.tokens == 1 ? part.x : packed.data();
+    parallel(threads, panels, size, [&](int, int64_t first, int64_t last) {
+      kernels.few(part, first, last, x);
+    });
+  }
   return true;
 }
 
@@ -53,10 +69,7 @@ bool run_many(const Nf4Kernels& kernels, const Nf4Job& job, int threads) {
   const Scratch packed(least(chunk, job.tokens) * job.w.in);
   if (scratch.data() == nullptr || packed.data() == nullptr) return false;
   for (int64_t token = 0; token < job.tokens; token += chunk) {
-    Nf4Job part = job;
-    part.tokens = least(chunk, job.tokens - token);
-    part.x += token * job.w.in;
-    part.y += token * job.stride;
+    const Nf4Job part = part_of(job, token, chunk);
     pack(kernels, part, kernels.tile_tokens, threads, packed.data());
     parallel(threads, panels, size, [&](int thread, int64_t first, int64_t last) {
       kernels.many(part, first, last, packed.data(), scratch.data() + thread * floats);
@@ -80,8 +93,8 @@ bool nf4_linear(const Nf4Job& job, int isa, int threads) {
   const Nf4Kernels* kernels = kernels_of(isa);
   if (kernels == nullptr) return false;
   if (job.tokens == 0 || job.w.out == 0) return true;
-  return job.tokens <= kernels->few_tokens ? run_few(*kernels, job, threads)
-                                           : run_many(*kernels, job, threads);
+  return job.tokens <= kFewPasses * kernels->few_tokens ? run_few(*kernels, job, threads)
+                                                        : run_many(*kernels, job, threads);
 }
 
 }  // namespace manylora
