@@ -35,6 +35,16 @@ class HalfWeight:
         """Return ``W [out, in]`` as a new tensor."""
         return widen(self.tiles, *self.shape, dtype)
 
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Return rows ``index [n]`` of ``W`` in float32, ``[n, in]``."""
+        panel, row = index // PANEL_ROWS, index % PANEL_ROWS
+        if self.tiles.dtype == torch.bfloat16:
+            # Both columns of a pair at once: a third of the time.
+            found = self.tiles.view(torch.int32)[panel, :, row].view(torch.bfloat16)
+        else:
+            found = _by_row(self.tiles)[panel, row].flatten(1)
+        return found[:, : self.shape[1]].float()
+
 
 def halve(weight: torch.Tensor) -> HalfWeight | None:
     """Return a float32 ``weight [out, in]`` in half of its bytes; ``None`` if that loses anything.

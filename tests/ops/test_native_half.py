@@ -150,6 +150,17 @@ def test_halving_loses_nothing(shape: tuple[int, int], dtype: torch.dtype) -> No
     assert torch.equal(half.widen(), dense)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 255), (100, 64)], ids=str)
+def test_rows_are_those_of_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    half = weight(shape, dtype)
+    for count in (0, 3, shape[0]):
+        index = torch.arange(count).flip(0) % shape[0]
+        rows = half.rows(index)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, half.widen()[index])
+
+
 def test_what_16_bits_do_not_hold_is_not_halved() -> None:
     dense = random(5000, 9).bfloat16().float()
     dense[4999, 8] = 1 + 2**-20
