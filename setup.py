@@ -28,6 +28,7 @@ setup(
                 "-fno-math-errno",
                 # GCC 12 takes the undefined inputs of its own AVX-512 headers for mistakes.
                 "-Wno-maybe-uninitialized",
+                "-Wno-uninitialized",
             ],
             optional=True,
             py_limited_api=True,

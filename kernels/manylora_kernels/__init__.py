@@ -4,13 +4,21 @@ Each operation is declared once (``library``), documented and checked once (``op
 by the backend that ``backends.select`` chose for it; ``reference`` is plain PyTorch and the oracle.
 """
 
-from manylora_kernels.backends import available_backends, select_backend, selected_backend
+from manylora_kernels.backends import (
+    available_backends,
+    operations,
+    select_backend,
+    selected_backend,
+)
 from manylora_kernels.half import HalfWeight, halve
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
+    half_embedding,
     half_linear,
     lora_delta_,
     nf4_linear,
+    nf4_linear_in_float,
+    packed_linear,
     paged_attention,
     prepare_nf4,
     scale_shift_,
@@ -26,10 +34,14 @@ __all__ = [
     "Segment",
     "SegmentMap",
     "available_backends",
+    "half_embedding",
     "half_linear",
     "halve",
     "lora_delta_",
     "nf4_linear",
+    "nf4_linear_in_float",
+    "operations",
+    "packed_linear",
     "paged_attention",
     "prepare_nf4",
     "scale_shift_",

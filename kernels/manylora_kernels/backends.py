@@ -34,6 +34,11 @@ def register(operation: str, backend: str) -> Callable[[F], F]:
     return decorate
 
 
+def operations() -> tuple[str, ...]:
+    """Return the names of all operations."""
+    return tuple(_implementations)
+
+
 def available_backends(operation: str) -> tuple[str, ...]:
     """Return the names of the backends that implement ``operation``, the reference first."""
     return tuple(_implementations[operation])

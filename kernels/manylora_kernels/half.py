@@ -35,16 +35,6 @@ class HalfWeight:
         """Return ``W [out, in]`` as a new tensor."""
         return widen(self.tiles, *self.shape, dtype)
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Return rows ``index [n]`` of ``W`` in float32, ``[n, in]``."""
-        panel, row = index // PANEL_ROWS, index % PANEL_ROWS
-        if self.tiles.dtype == torch.bfloat16:
-            # Both columns of a pair at once: a third of the time.
-            found = self.tiles.view(torch.int32)[panel, :, row].view(torch.bfloat16)
-        else:
-            found = _by_row(self.tiles)[panel, row].flatten(1)
-        return found[:, : self.shape[1]].float()
-
 
 def halve(weight: torch.Tensor) -> HalfWeight | None:
     """Return a float32 ``weight [out, in]`` in half of its bytes; ``None`` if that loses anything.
@@ -81,6 +71,17 @@ def widen(tiles: torch.Tensor, out: int, columns: int, dtype: torch.dtype) -> to
         into = dense[start : start + _ROWS_AT_ONCE]
         into.copy_(rows[: into.shape[0], :columns])
     return dense
+
+
+def rows(tiles: torch.Tensor, columns: int, index: torch.Tensor) -> torch.Tensor:
+    """Return rows ``index [n]`` of the matrix in ``tiles`` in float32, ``[n, columns]``."""
+    panel, row = index // PANEL_ROWS, index % PANEL_ROWS
+    if tiles.dtype == torch.bfloat16:
+        # Both columns of a pair at once: a third of the time.
+        found = tiles.view(torch.int32)[panel, :, row].view(torch.bfloat16)
+    else:
+        found = _by_row(tiles)[panel, row].flatten(1)
+    return found[:, :columns].float()
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:

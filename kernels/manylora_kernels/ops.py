@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 import manylora_kernels.library
 import manylora_kernels.reference  # noqa: F401 - both register: the operators, their backend
-from manylora_kernels.backends import selected_backend
+from manylora_kernels.backends import REFERENCE, select_backend, selected_backend
 from manylora_kernels.half import DTYPES, PANEL_ROWS, HalfWeight
-from manylora_kernels.native import NATIVE
+from manylora_kernels.native import NATIVE, NATIVE_INT8
 from manylora_kernels.nf4 import NF4Weight
+from manylora_kernels.reference.int8 import REFERENCE_INT8
 from manylora_kernels.segments import RankSegments
 from manylora_kernels.tiles import tile
+
+_IN_FLOAT = {NATIVE_INT8: NATIVE, REFERENCE_INT8: REFERENCE}
 
 
 def nf4_linear(
@@ -31,14 +37,47 @@ def nf4_linear(
     return result
 
 
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """Return ``y[t] = W x[t] + bias`` for a float32 ``W`` in oneDNN's own blocked layout.
+
+    ``x [T, in]``, the result ``[T, out]``; ``weight`` as
+    ``torch.ops.mkldnn._reorder_linear_weight`` packs ``W [out, in]``, on the CPU.
+    """
+    result: torch.Tensor = torch.ops.manylora.packed_linear(x, weight, bias, out_features)
+    return result
+
+
 def prepare_nf4(weight: NF4Weight) -> NF4Weight:
     """Return ``weight`` in the layout that the selected backend of ``nf4_linear`` wants.
 
     Once, at load: it replaces the given one. ``weight`` itself where it is best as it is.
     """
-    if selected_backend("nf4_linear") != NATIVE or weight.packed.device.type != "cpu":
+    native = selected_backend("nf4_linear") in (NATIVE, NATIVE_INT8)
+    if not native or weight.packed.device.type != "cpu":
         return weight
     return tile(weight) or weight
+
+
+@contextmanager
+def nf4_linear_in_float() -> Iterator[None]:
+    """Inside the block, ``nf4_linear`` rounds no activations, whichever backend is selected.
+
+    The selection is the whole process's: no other thread may compute meanwhile.
+    """
+    selected = selected_backend("nf4_linear")
+    select_backend("nf4_linear", _IN_FLOAT.get(selected, selected))
+    try:
+        yield
+    finally:
+        select_backend("nf4_linear", selected)
+
+
+def half_embedding(index: torch.Tensor, weight: HalfWeight) -> torch.Tensor:
+    """Return ``y[i] = W[index[i]]`` in float32, ``[n, in]``, for integers ``index [n]``."""
+    result: torch.Tensor = torch.ops.manylora.half_embedding(index, weight.tiles, weight.shape[1])
+    return result
 
 
 def half_linear(
@@ -82,7 +121,9 @@ def lora_delta_(
             f"shapes do not agree: y {tuple(y.shape)}, x {tuple(x.shape)}, "
             f"a {tuple(a.shape)}, b {tuple(b.shape)}"
         )
-    grouped = runs.grouped or (None, None, None, None, 0)
+    ungrouped = (None, None, None, None, 0)
+    # Only the reference reads the grouped form, and making it costs as much as a small product.
+    grouped = (runs.grouped if selected_backend("lora_delta_") == REFERENCE else None) or ungrouped
     torch.ops.manylora.lora_delta_(y, x, a, b, runs.segments, runs.weights, *grouped)
 
 

@@ -9,6 +9,7 @@ and ``SegmentMap.resolve`` joins the two into what the kernels take.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -58,10 +59,9 @@ class RankSegments:
 
     ``segments`` is int32 ``[S, 4]``: token start, token end, rank row start, rank row end;
     ``weights`` float32 ``[S]`` is scaling times mix weight; both stay on the CPU. ``grouped`` is
-    the same in another form, ``None`` where a loop over the segments is cheaper.
+    the same in another form, ``None`` where a loop over the segments is cheaper; it is made when
+    it is first asked for.
     """
-
-    __slots__ = ("grouped", "segments", "weights")
 
     def __init__(
         self,
@@ -72,9 +72,17 @@ class RankSegments:
     ) -> None:
         self.segments = torch.tensor([run[:4] for run in runs], dtype=torch.int32)
         self.weights = torch.tensor([run[4] for run in runs], dtype=torch.float32)
-        self.grouped: Grouped | None = None
-        if len(runs) > 1 and num_tokens <= GROUPED_MAX_TOKENS:
-            self.grouped = _group(runs, device, dtype)
+        self._runs = runs
+        self._num_tokens = num_tokens
+        self._device = device
+        self._dtype = dtype
+
+    @cached_property
+    def grouped(self) -> Grouped | None:
+        """See the class."""
+        if len(self._runs) < 2 or self._num_tokens > GROUPED_MAX_TOKENS:
+            return None
+        return _group(self._runs, self._device, self._dtype)
 
 
 def _group(

@@ -26,6 +26,7 @@ DESIGN_OPTIONS = [
     "quantization",
     "dtype",
     "device",
+    "cpu-math",
     "max-model-len",
     "max-batch-tokens",
     "max-sequences",
@@ -108,6 +109,7 @@ def test_every_option_of_the_contract_exists_and_reads_its_variable():
         ["serve", "m", "--quantization", "int3"],
         ["serve", "m", "--dtype", "float8"],
         ["serve", "m", "--device", "tpu"],
+        ["serve", "m", "--cpu-math", "int4"],
         ["serve", "m", "--max-sequences", "0"],
         ["serve", "m", "--max-model-len", "1"],
         ["serve", "m", "--kv-cache-memory", "much"],
@@ -134,7 +136,16 @@ def test_everything_said_reaches_the_configuration(run, configs, tmp_path):
         *["serve", str(tmp_path), "--adapter", "a=/x=y", "--adapter", "b=file:/z"],
         *["--home", str(tmp_path / "home"), "--host", "localhost", "--port", "0"],
         *["--served-model-name", "mine", "--quantization", "none", "--dtype", "float32"],
-        *["--device", "cpu", "--max-model-len", "128", "--max-batch-tokens", "64"],
+        *[
+            "--device",
+            "cpu",
+            "--cpu-math",
+            "int8",
+            "--max-model-len",
+            "128",
+            "--max-batch-tokens",
+            "64",
+        ],
         *["--max-sequences", "8", "--kv-cache-memory", "1.5MiB", "--adapter-slots", "3"],
         *["--adapter-host-memory", "2G", "--api-key-file", str(keys)],
         *["--registry-url", "postgresql://db/adapters", "--blobs-url", "memory://blobs"],
@@ -154,6 +165,7 @@ def test_everything_said_reaches_the_configuration(run, configs, tmp_path):
         "float32",
         "cpu",
     )
+    assert config.model.cpu_math == "int8"
     engine = config.engine
     assert (engine.max_model_len, engine.max_batch_tokens, engine.max_sequences) == (128, 64, 8)
     assert (engine.kv_cache_bytes, engine.adapter_slots) == (3 * 2**19, 3)
@@ -227,9 +239,11 @@ def test_the_demo_keeps_its_files_in_the_home_it_is_told(run, monkeypatch, tmp_p
     monkeypatch.setattr("manylora_server.demo.BASE_DIR", base)
     monkeypatch.setattr("manylora_server.demo.demo_adapters", lambda: {"one": tmp_path})
     monkeypatch.setattr("manylora_server.cli.demo.running_engine", start)
-    assert run("demo", "--once", MANYLORA_HOME=str(tmp_path / "home")).exit_code == 1
+    environment = {"MANYLORA_HOME": str(tmp_path / "home"), "MANYLORA_CPU_MATH": "int8"}
+    assert run("demo", "--once", **environment).exit_code == 1
     [config] = seen
     assert config.home == tmp_path / "home" / "demo"
+    assert config.model.cpu_math == "int8"
     assert config.adapters == (("one", str(tmp_path)),)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from manylora_kernels import HalfWeight, half_linear, halve, native, select_backend
+from manylora_kernels import HalfWeight, half_embedding, half_linear, halve, native, select_backend
 from manylora_kernels.half import narrow
 
 if native.missing is not None:
@@ -156,7 +156,7 @@ def test_rows_are_those_of_the_weight(shape: tuple[int, int], dtype: torch.dtype
     half = weight(shape, dtype)
     for count in (0, 3, shape[0]):
         index = torch.arange(count).flip(0) % shape[0]
-        rows = half.rows(index)
+        rows = half_embedding(index, half)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, half.widen()[index])
 

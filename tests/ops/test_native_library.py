@@ -5,23 +5,28 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from manylora_kernels import native, select_backend, selected_backend
+from manylora_kernels import native, operations, select_backend, selected_backend
 from manylora_kernels.native.binding import (
     ISA_VARIABLE,
     LIBRARY_VARIABLE,
     LibraryMissingError,
     NativeLibrary,
 )
+from manylora_server.core.config import ModelConfig
+from manylora_server.core.errors import StartupError
 from manylora_server.engine import build
 
 CPU = torch.device("cpu")
 # What computes an operation where the library cannot.
 FALL_BACKS = {
+    "lora_delta_": "reference",
     "half_linear": "reference",
     "nf4_linear": "bitsandbytes",
     "paged_attention": "reference",
@@ -32,10 +37,10 @@ compiled = pytest.mark.skipif(native.missing is not None, reason=f"{native.missi
 
 @pytest.fixture(autouse=True)
 def _restored() -> object:
-    before = {name: selected_backend(name) for name in FALL_BACKS}
+    before = {operation: selected_backend(operation) for operation in operations()}
     yield
-    for name, backend in before.items():
-        select_backend(name, backend)
+    for operation, backend in before.items():
+        select_backend(operation, backend)
 
 
 def imported(variable: str, value: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +56,7 @@ def imported(variable: str, value: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_the_library_the_other_backends_remain(tmp_path: Path) -> None:
     backends, missing = imported(LIBRARY_VARIABLE, str(tmp_path / "none.so")).stdout.splitlines()
-    assert backends == "('reference', 'bitsandbytes')"
+    assert backends == "('reference', 'bitsandbytes', 'reference-int8')"
     assert "none.so cannot be loaded" in missing
     assert "`make native`" in missing
 
@@ -93,7 +98,28 @@ def test_the_server_prefers_native_on_a_cpu(caplog: pytest.LogCaptureFixture) ->
     assert {name: selected_backend(name) for name in FALL_BACKS} == FALL_BACKS
     with caplog.at_level(logging.INFO):
         build._log_4bit_backend(CPU)
-    assert f"native kernels, {native.library.isa}" in caplog.text
+    assert f"native kernels, {native.library.isa}, float32" in caplog.text
+    build.select_compiled_backends(CPU, "int8")
+    assert selected_backend("nf4_linear") == native.NATIVE_INT8
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "message"),
+    [
+        ({"quantization": "none"}, "cpu", "is for a base in 4 bits"),
+        ({}, "cuda", "is for CPUs, and this server computes on cuda"),
+        ({}, "cpu", "needs the native kernels, but there are none"),
+    ],
+)
+def test_int8_is_refused_where_it_would_change_nothing(
+    settings: dict[str, Any], device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "missing", "there are none")
+    config = ModelConfig("m", "m", cpu_math="int8", **settings)
+    with pytest.raises(StartupError, match=message) as caught:
+        build.check_cpu_math(config, torch.device(device))
+    assert caught.value.param == "--cpu-math"
+    build.check_cpu_math(replace(config, cpu_math="float32"), torch.device(device))
 
 
 def test_the_server_says_that_they_are_missing(

@@ -22,9 +22,11 @@ from manylora_kernels.half import narrow
 from support.nf4 import quantize
 
 OPERATIONS = [
+    "half_embedding",
     "half_linear",
     "lora_delta_",
     "nf4_linear",
+    "packed_linear",
     "paged_attention",
     "scale_shift_",
     "store_kv_",
@@ -64,6 +66,10 @@ def attention_arguments(sinks: bool) -> tuple[Any, ...]:
 
 
 CALLS = {
+    "half_embedding": (
+        "half_embedding",
+        lambda: (torch.tensor([4, 0, 3]), narrow(torch.randn(5, 9), torch.bfloat16).tiles, 9),
+    ),
     "half_linear": (
         "half_linear",
         lambda: (torch.randn(3, 9), narrow(torch.randn(5, 9), torch.float16).tiles, 5, None),
@@ -130,19 +136,22 @@ def test_selecting_what_does_not_exist_says_what_does() -> None:
 def spy() -> Iterator[list[str]]:
     """A backend of ``lora_delta_`` that only takes note of its calls; gone afterwards."""
     calls: list[str] = []
+    before = selected_backend("lora_delta_")
+    select_backend("lora_delta_", "reference")
 
     @backends.register("lora_delta_", "spy")
     def note(*args: Any) -> None:
         calls.append("called")
 
     yield calls
-    select_backend("lora_delta_", "reference")
+    select_backend("lora_delta_", before)
     del backends._implementations["lora_delta_"]["spy"]
 
 
 def test_a_registered_backend_is_called_only_when_selected(spy: list[str]) -> None:
     assert selected_backend("lora_delta_") == "reference"
-    assert available_backends("lora_delta_") == ("reference", "spy")
+    assert available_backends("lora_delta_")[0] == "reference"
+    assert "spy" in available_backends("lora_delta_")
     extents = {0: RankExtent(0, 1, 1.0)}
     runs = SegmentMap([Segment(0, 1, 0)], 1).resolve(extents)
     assert runs is not None

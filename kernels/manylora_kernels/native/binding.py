@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 # As in src/runtime.cpp.
-INTERFACE = 3
+INTERFACE = 4
 ISAS = ("portable", "avx2", "avx512")
 ISA_VARIABLE = "MANYLORA_NATIVE_ISA"
 LIBRARY_VARIABLE = "MANYLORA_NATIVE_LIBRARY"
@@ -75,12 +75,14 @@ class NativeLibrary:
         """How many threads a call may use: torch's own number, 1 where they cannot be shared."""
         return torch.get_num_threads() if self.has_threads else 1
 
-    def function(self, name: str, *argument_types: Any) -> Callable[..., int]:
-        """Return the library's function ``name``, which returns a status: 0 is done."""
+    def function(
+        self, name: str, *argument_types: Any, returns: Any = ctypes.c_int
+    ) -> Callable[..., Any]:
+        """Return the library's function ``name``; most return a status, of which 0 is done."""
         found = getattr(self._library, name)
         found.argtypes = argument_types
-        found.restype = ctypes.c_int
-        return cast("Callable[..., int]", found)
+        found.restype = returns
+        return cast("Callable[..., Any]", found)
 
     def _share_threads(self) -> bool:
         """Give the library the OpenMP entry point that torch itself calls.

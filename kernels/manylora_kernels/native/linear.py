@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,6 +45,10 @@ _nf4_linear = _library.function(
 )
 
 
+# Structure, x, tokens, bias or None, y; returns a status.
+Call = Callable[[NF4Matrix, int, int, "int | None", int], int]
+
+
 @register("nf4_linear", "native")
 def nf4_linear_native(
     x: torch.Tensor,
@@ -58,34 +62,47 @@ def nf4_linear_native(
     A weight that is not tiled (``tiles.tile`` says which cannot be), or not on the CPU, is
     computed by bitsandbytes' operator or the reference.
     """
+    return product(_call, x, weight, form, absmax_offset, bias)
+
+
+def product(
+    call: Call,
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: Sequence[int],
+    absmax_offset: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute ``nf4_linear`` by a function of the library, or elsewhere what it cannot take."""
     whole = Form(*form)
     if not whole.tiled or not x.is_cpu:
         return nf4_linear_compiled(x, weight, form, absmax_offset, bias)
     tokens, columns = x.shape
-    matrix = _matrix(whole, columns, absmax_offset, *[tensor.data_ptr() for tensor in weight])
+    matrix = nf4_matrix(whole, columns, absmax_offset, *[tensor.data_ptr() for tensor in weight])
     out = whole.out_features
     stride = -(-out // PANEL_ROWS) * PANEL_ROWS
     y = torch.empty((tokens, stride), dtype=torch.float32)
     rows = _plain_float(x)
     shift = None if bias is None else _plain_float(bias)
-    status = _nf4_linear(
+    if call(
         matrix,
         rows.data_ptr(),
         tokens,
         None if shift is None else shift.data_ptr(),
         y.data_ptr(),
-        _library.isa_number,
-        _library.threads,
-    )
-    if status:
+    ):
         raise MemoryError("native nf4_linear: no memory for its scratch")
     if stride != out:
         y = y[:, :out].contiguous()
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
+def _call(matrix: NF4Matrix, x: int, tokens: int, bias: int | None, y: int) -> int:
+    return int(_nf4_linear(matrix, x, tokens, bias, y, _library.isa_number, _library.threads))
+
+
 @functools.lru_cache(maxsize=8192)
-def _matrix(
+def nf4_matrix(
     form: Form,
     columns: int,
     absmax_offset: float,

@@ -69,3 +69,16 @@ def nf4_linear_compiled(
     registered = hasattr(torch.ops.bitsandbytes, "dequantize_4bit")
     implementation = nf4_linear_bitsandbytes if registered else nf4_linear
     return implementation(x, weight, form, absmax_offset, bias)
+
+
+@register("packed_linear", REFERENCE)
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    """See ``ops.packed_linear``."""
+    # oneDNN's path for one or two rows is slower than the one for four.
+    padding = max(0, 4 - x.shape[0])
+    if padding:
+        x = F.pad(x, (0, 0, 0, padding))
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y[: 4 - padding] if padding else y

@@ -18,6 +18,7 @@ from manylora_server.cli.http_server import address_of, bind
 from manylora_server.cli.logs import configure_logging, startup_errors_reported
 from manylora_server.cli.serve import running_engine, serve_engine, warn_if_open
 from manylora_server.core.config import (
+    CpuMath,
     EngineConfig,
     HttpConfig,
     ModelConfig,
@@ -74,12 +75,13 @@ def demo(
     port: options.Port = 8000,
     once: Once = False,
     home: options.Home = None,
+    cpu_math: options.CpuMathOption = "float32",
     log_format: options.LogFormatOption = "text",
 ) -> None:
     """Complete one prompt by the demo's base and adapters in one mixed batch, then serve them."""
     configure_logging(log_format)
     with startup_errors_reported(), ExitStack() as stack:
-        config = _config(HttpConfig(host=host, port=port), home)
+        config = _config(HttpConfig(host=host, port=port), home, cpu_math)
         listener = None if once else stack.enter_context(bind(config.http))
         metrics = MixMetrics()
         engine = stack.enter_context(running_engine(config, metrics))
@@ -90,7 +92,7 @@ def demo(
             serve_engine(engine, metrics, config, listener, log_format)
 
 
-def _config(http: HttpConfig, home: Path | None) -> ServerConfig:
+def _config(http: HttpConfig, home: Path | None, cpu_math: CpuMath) -> ServerConfig:
     from manylora_server.demo import BASE_DIR, demo_adapters
 
     adapters = demo_adapters()
@@ -100,7 +102,7 @@ def _config(http: HttpConfig, home: Path | None) -> ServerConfig:
             "them with: python -m manylora_server.demo.train"
         )
     return ServerConfig(
-        model=ModelConfig(model=str(BASE_DIR), served_name=SERVED_NAME),
+        model=ModelConfig(model=str(BASE_DIR), served_name=SERVED_NAME, cpu_math=cpu_math),
         engine=EngineConfig(adapter_slots=max(16, len(adapters))),
         http=http,
         adapters=tuple((name, str(path)) for name, path in adapters.items()),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from manylora_server.core.config import DeviceName, DTypeName, Quantization, parse_size
+from manylora_server.core.config import CpuMath, DeviceName, DTypeName, Quantization, parse_size
 from manylora_server.core.errors import StartupError
 
 LogFormat = Literal["text", "json"]
@@ -84,6 +84,14 @@ DType = Annotated[
 ]
 Device = Annotated[
     DeviceName, typer.Option("--device", envvar="MANYLORA_DEVICE", help="Where to compute.")
+]
+CpuMathOption = Annotated[
+    CpuMath,
+    typer.Option(
+        "--cpu-math",
+        envvar="MANYLORA_CPU_MATH",
+        help="What 4-bit layers compute in on a CPU; int8 is faster and rounds activations.",
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,

@@ -47,6 +47,7 @@ def serve(
     quantization: options.QuantizationOption = "nf4",
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    cpu_math: options.CpuMathOption = "float32",
     max_model_len: options.MaxModelLen = None,
     max_batch_tokens: options.MaxBatchTokens = _DEFAULTS.max_batch_tokens,
     max_sequences: options.MaxSequences = _DEFAULTS.max_sequences,
@@ -77,6 +78,7 @@ def serve(
                 quantization=quantization,
                 dtype=dtype,
                 device=device,
+                cpu_math=cpu_math,
             ),
             engine=EngineConfig(
                 max_model_len=max_model_len,

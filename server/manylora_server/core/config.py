@@ -14,6 +14,7 @@ from manylora_server.core.errors import StartupError
 Quantization = Literal["nf4", "none"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+CpuMath = Literal["float32", "int8"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -44,13 +45,17 @@ def default_home() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Which base to load and how to hold it."""
+    """Which base to load, how to hold it, and what 4-bit layers compute in on a CPU.
+
+    ``cpu_math`` is ``int8``: activations are rounded to eight bits (``docs/decisions/0012``).
+    """
 
     model: str
     served_name: str
     quantization: Quantization = "nf4"
     dtype: DTypeName = "auto"
     device: DeviceName = "auto"
+    cpu_math: CpuMath = "float32"
     cache_dir: Path | None = None
 
 

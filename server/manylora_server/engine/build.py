@@ -8,13 +8,21 @@ from dataclasses import replace
 import psutil
 import torch
 
-from manylora_kernels import native, select_backend
+from manylora_kernels import (
+    available_backends,
+    native,
+    nf4_linear_in_float,
+    operations,
+    select_backend,
+    selected_backend,
+)
+from manylora_kernels.backends import REFERENCE
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake
 from manylora_server.adapters.receipt import ReceiptMeter
 from manylora_server.adapters.residency import Residency
-from manylora_server.core.config import EngineConfig, ServerConfig
+from manylora_server.core.config import CpuMath, EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
 from manylora_server.core.observer import EngineObserver
 from manylora_server.engine.async_engine import AsyncEngine
@@ -26,6 +34,7 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
 from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
+from manylora_server.model.program.attach import attach_program
 from manylora_server.model.runner import ModelRunner
 from manylora_server.model.self_test import SelfTestResult, run_self_test
 from manylora_server.model.slots import AdapterSlots
@@ -57,12 +66,15 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
     model_config = config.model
     if model_config.cache_dir is None:
         model_config = replace(model_config, cache_dir=config.home / "quantized")
+    device = resolve_device(model_config.device)
+    check_cpu_math(model_config, device)
     # Before loading: a backend may want the weights in a layout of its own.
-    select_compiled_backends(resolve_device(model_config.device))
+    select_compiled_backends(device, model_config.cpu_math)
     loaded = load_model(model_config)
     if loaded.quantization == "nf4":
         _log_4bit_backend(loaded.device)
-    tested = run_self_test(loaded.model, loaded.vocab_size, loaded.dtype, loaded.device)
+    with nf4_linear_in_float():  # which finds what rounding would hide
+        tested = run_self_test(loaded.model, loaded.vocab_size, loaded.dtype, loaded.device)
     logger.info("self-test passed: largest relative logit error %.1e", tested.error)
     store = open_store(config)
     try:
@@ -144,8 +156,10 @@ def assemble(
     catalog = AdapterCatalog(intake.store, intake.base_fingerprint)
     residency.pin(catalog.pinned())
     observer.on_registered(len(catalog))
+    runner = ModelRunner(loaded.model, cache, loaded.dtype, loaded.device)
+    attach_program(runner, loaded, tested, modules)
     engine = Engine(
-        runner=ModelRunner(loaded.model, cache, loaded.dtype, loaded.device),
+        runner=runner,
         blocks=blocks,
         residency=residency,
         decoder=tokenizer,
@@ -173,22 +187,42 @@ def assemble(
     return AsyncEngine(engine, catalog, intake, tokenizer, name, limits, thread)
 
 
-def select_compiled_backends(device: torch.device) -> None:
-    """Let the fastest backend that fits ``device`` compute linear layers and attention.
+def select_compiled_backends(device: torch.device, cpu_math: CpuMath = "float32") -> None:
+    """Let the fastest backend that fits ``device`` and ``cpu_math`` compute each operation.
 
     bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
     """
     usable = device.type == "cpu" and native.missing is None
-    select_backend("nf4_linear", native.NATIVE if usable else "bitsandbytes")
-    for operation in ("half_linear", "store_kv_", "paged_attention"):
-        select_backend(operation, native.NATIVE if usable else "reference")
+    wanted = [native.NATIVE] if usable else []
+    if usable and cpu_math == "int8":
+        wanted.insert(0, native.NATIVE_INT8)
+    for operation in operations():
+        available = available_backends(operation)
+        order = (*wanted, "bitsandbytes", REFERENCE)
+        select_backend(operation, next(name for name in order if name in available))
+
+
+def check_cpu_math(config: ModelConfig, device: torch.device) -> None:
+    """Refuse ``--cpu-math int8`` where nothing would be computed that way."""
+    if config.cpu_math == "float32":
+        return
+    if config.quantization == "none":
+        reason = "is for a base in 4 bits, and --quantization none keeps it dense"
+    elif device.type != "cpu":
+        reason = f"is for CPUs, and this server computes on {device.type}"
+    elif native.missing is not None:
+        reason = f"needs the native kernels, but {native.missing}"
+    else:
+        return
+    raise StartupError(f"--cpu-math {config.cpu_math} {reason}.", param="--cpu-math")
 
 
 def _log_4bit_backend(device: torch.device) -> None:
     if device.type != "cpu":
         return
     if native.missing is None:
-        logger.info("4-bit layers: native kernels, %s", native.library.isa)
+        math = "int8" if selected_backend("nf4_linear") == native.NATIVE_INT8 else "float32"
+        logger.info("4-bit layers: native kernels, %s, %s", native.library.isa, math)
     else:
         logger.warning(
             "4-bit layers: unpacked by bitsandbytes at every step, which is many times slower than "

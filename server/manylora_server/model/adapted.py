@@ -24,7 +24,7 @@ class AdaptedModule(nn.Module):
 
     ``base`` is the wrapped module; ``token_axis`` the axis of its input and output that counts the
     batch's tokens (some models normalise ``[1, heads, T, dim]``). Subclasses compute the rows of
-    one step in ``_apply_patches``.
+    one step in ``patch_rows``.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class AdaptedModule(nn.Module):
         segments = context.output_segments if self.spec.is_output_head else context.segments
         if not segments.segments:
             return y
-        return self._apply_patches(x, y, segments)
+        return self.patch_rows(x, y, segments)
 
     def _reserve(self, slot: int, patch: ModulePatch) -> None:
         assert patch.low_rank is None
@@ -99,10 +99,11 @@ class AdaptedModule(nn.Module):
     def _remove(self, slot: int) -> None:
         """Forget what ``_reserve`` made room for."""
 
-    def _apply_patches(
-        self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
-    ) -> torch.Tensor:
-        """Return ``y`` with the patches applied."""
+    def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
+        """Return ``y``, the base's output for ``x``, with the patches of ``segments`` applied.
+
+        In place as far as it can be.
+        """
         for start, end, slot, _ in segments.segments:
             parameters = self.replacements.get(slot)
             if parameters is not None:
@@ -151,9 +152,8 @@ class AdaptedLinear(AdaptedModule):
         self.ranks.remove(slot)
         self.affine.remove(slot)
 
-    def _apply_patches(
-        self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
-    ) -> torch.Tensor:
+    def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
+        """See ``AdaptedModule.patch_rows``."""
         out_features, in_features = self.spec.shape
         rows = x.reshape(-1, in_features)
         result = y.view(-1, out_features)
@@ -219,10 +219,9 @@ class AdaptedEmbedding(AdaptedModule):
         self.low_rank.pop(slot, None)
         self.affine.remove(slot)
 
-    def _apply_patches(
-        self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap
-    ) -> torch.Tensor:
-        y = super()._apply_patches(x, y, segments)
+    def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
+        """See ``AdaptedModule.patch_rows``."""
+        y = super().patch_rows(x, y, segments)
         ids = x.reshape(-1)
         result = y.view(-1, self.spec.shape[1])
         for start, end, slot, weight in segments.segments:

@@ -110,8 +110,22 @@ class PagedAttention:
         softcap: float,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
+        """See ``attend``; the layer is ``module``'s."""
+        return self.attend(_layer_index(module), query, key, value, scaling, window, softcap, sinks)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Store the step's keys and values, then attend over each sequence's pages."""
-        k_cache, v_cache = self.cache.layers[_layer_index(module)]
+        k_cache, v_cache = self.cache.layers[layer]
         store_kv_(
             k_cache, v_cache, key[0].transpose(0, 1), value[0].transpose(0, 1), self.positions
         )

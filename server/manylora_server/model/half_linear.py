@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from manylora_kernels import HalfWeight, half_linear, halve, native, selected_backend
+from manylora_kernels import (
+    HalfWeight,
+    half_embedding,
+    half_linear,
+    halve,
+    native,
+    selected_backend,
+)
 from manylora_kernels.native.binding import ISAS
 
 PORTABLE = ISAS[0]
@@ -63,7 +70,7 @@ class HalfEmbedding(HalfModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[..., width]`` for token numbers ``x``."""
-        return self.weight_half.rows(x.reshape(-1)).view(*x.shape, self.embedding_dim)
+        return half_embedding(x.reshape(-1), self.weight_half).view(*x.shape, self.embedding_dim)
 
 
 def halved(weight: torch.Tensor, bias: torch.Tensor | None) -> HalfLinear | None:

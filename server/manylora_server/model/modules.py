@@ -9,9 +9,13 @@ from torch import nn
 
 from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
 from manylora_server.model.installation import Installation
-from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter
+from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter, ModuleKind
 
-_WRAPPERS = {"linear": AdaptedLinear, "embedding": AdaptedEmbedding, "norm": AdaptedModule}
+_WRAPPERS: dict[ModuleKind, type[AdaptedModule]] = {
+    "linear": AdaptedLinear,
+    "embedding": AdaptedEmbedding,
+    "norm": AdaptedModule,
+}
 
 
 class AdaptedModules:
@@ -19,6 +23,8 @@ class AdaptedModules:
 
     ``token_axes`` says for each norm which axis counts tokens, as the self-test saw it.
     """
+
+    KINDS = frozenset(_WRAPPERS)
 
     def __init__(
         self,
@@ -34,6 +40,8 @@ class AdaptedModules:
         self._dtype = dtype
         self._device = device
         self._wrapped: dict[str, AdaptedModule] = {}
+        # Counts up whenever a module's patches may have changed.
+        self.version = 0
         self.copy_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -45,6 +53,7 @@ class AdaptedModules:
     def remove(self, slot: int) -> None:
         """Remove whatever is installed under ``slot``."""
         self.settle()
+        self.version += 1
         for module in self._wrapped.values():
             module.remove(slot)
 
@@ -62,8 +71,13 @@ class AdaptedModules:
             for pool in (module.ranks.a, module.ranks.b)
         )
 
+    def wrapped(self, name: str) -> AdaptedModule | None:
+        """Return the module called ``name`` if an adapter has touched it."""
+        return self._wrapped.get(name)
+
     def module(self, name: str) -> AdaptedModule:
-        """Return the module called ``name``, wrapped now if it was not."""
+        """Return the module called ``name``, wrapped now if it was not, to be changed."""
+        self.version += 1
         wrapped = self._wrapped.get(name)
         if wrapped is None:
             spec = self._layout.modules[name]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from manylora_kernels import packed_linear
 from manylora_server.model.half_linear import HalfEmbedding, HalfLinear, halved
 
 
@@ -47,15 +47,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[..., out]`` for ``x [..., in]``."""
         rows = x.reshape(-1, self.in_features)
-        # oneDNN's path for one or two rows is slower than the one for four.
-        padding = max(0, 4 - rows.shape[0])
-        if padding:
-            rows = F.pad(rows, (0, 0, 0, padding))
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._packed, self.bias, "none", [], ""
-        )
-        if padding:
-            y = y[: 4 - padding]
+        y = packed_linear(rows, self._packed, self.bias, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -13,6 +13,7 @@ from manylora_kernels import Segment, SegmentMap
 from manylora_server.model.attention import KVCache, PagedAttention
 from manylora_server.model.batch import Chunk
 from manylora_server.model.context import ForwardContext, forward_context
+from manylora_server.model.program.program import StepProgram, record_program
 
 
 class ModelRunner:
@@ -27,13 +28,17 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.cache = cache
+        self.program: StepProgram | None = None
         self._dtype = dtype
         self._device = device
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Return float32 logits ``[n, vocab]``, a row per chunk with ``sample``, in order."""
+        """Return float32 logits ``[n, vocab]``, a row per chunk with ``sample``, in order.
+
+        They may lie in memory that the next call overwrites.
+        """
         order = sorted(range(len(chunks)), key=lambda i: _place(chunks[i]))
         ordered = [chunks[i] for i in order]
         sampled = [i for i in order if chunks[i].sample]
@@ -60,12 +65,13 @@ class ModelRunner:
         input_ids = torch.tensor([token_ids], device=self._device)
         position_ids = torch.tensor([positions], device=self._device)
         rows = torch.tensor(keep, dtype=torch.int64, device=self._device)
-        context = ForwardContext(attention, segments, output_segments)
-        extra = {"logits_to_keep": rows} if self._keeps_logits else {}
-        with forward_context(context):
-            out = self.model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra
-            ).logits[0]
+        if self.program is not None:
+            out = self.program.run(
+                input_ids[0], position_ids[0], rows, attention, segments, output_segments
+            )
+        else:
+            with forward_context(ForwardContext(attention, segments, output_segments)):
+                out = self._forward(input_ids, position_ids, rows)
         if not self._keeps_logits:
             out = out[rows]
         if sampled != sorted(sampled):
@@ -73,6 +79,21 @@ class ModelRunner:
             out = out[torch.tensor(back, device=self._device)]
         result: torch.Tensor = out.float()
         return result
+
+    def record(self, modules: dict[str, nn.Module], head: str | None) -> None:
+        """Replay the model's pass from now on; ``NotRecordableError`` where that cannot be.
+
+        Before any module is wrapped. See ``program.record_program`` for the arguments.
+        """
+        self.program = record_program(self.model, self._forward, modules, head)
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        extra = {"logits_to_keep": rows} if self._keeps_logits else {}
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+        logits: torch.Tensor = out.logits[0]
+        return logits
 
     def _map(self, segments: list[Segment], rows: int) -> SegmentMap:
         return SegmentMap(segments, rows, device=self._device, dtype=self._dtype)

@@ -43,25 +43,36 @@ struct Nf4Job {
 // with one accumulator for s_i, columns in kOrder, so a token's result depends neither on the
 // number of tokens nor on the path.
 struct Nf4Kernels {
-  int64_t few_tokens;    // most tokens that `few` takes
-  int64_t tile_tokens;   // tokens in a register tile of `many`
+  int64_t few_tokens;     // most tokens that `few` takes
+  int64_t tile_tokens;    // tokens in a register tile of `many`
   int64_t panels_at_once;
   int64_t block_columns;  // columns that `many` unpacks at once, a multiple of kMaxSegment
 
-  // Rows of panels [first, last) for at most few_tokens tokens; weights unpacked in registers.
-  // scratch: panels_at_once * segments * 16 floats.
-  void (*few)(const Nf4Job& job, int64_t first, int64_t last, float* scratch);
-  // Interleaves x of the tokens of tiles [first, last) as `many` reads it; packed: tokens * in.
-  void (*pack)(const Nf4Job& job, int64_t first, int64_t last, float* packed);
-  // Rows of panels [first, last) for any number of tokens; weights unpacked into scratch:
-  // panels_at_once * 16 * (block_columns + block_columns / 8) floats.
+  // Interleaves x as both read it, for the blocks of block_columns columns [first, last):
+  // packed [block][tile of tile_tokens tokens][column in kOrder][token], tokens * in floats.
+  void (*pack)(const Nf4Job& job, int64_t tile_tokens, int64_t first, int64_t last, float* packed);
+  // Rows of panels [first, last) for at most few_tokens tokens, a single tile; weights are
+  // unpacked in registers.
+  void (*few)(const Nf4Job& job, int64_t first, int64_t last, const float* packed);
+  // Rows of panels [first, last), from a multiple of panels_at_once on, for any number of tokens;
+  // weights are unpacked into memory. scratch: many_scratch(kernels, last - first, tokens) floats.
   void (*many)(const Nf4Job& job, int64_t first, int64_t last, const float* packed, float* scratch);
 };
+
+// Unpacked weights and maxima of panels_at_once panels; sums of all panels and tokens.
+constexpr int64_t many_scratch(const Nf4Kernels& kernels, int64_t panels, int64_t tokens) {
+  return kPanelRows * (kernels.panels_at_once *
+                           (kernels.block_columns + kernels.block_columns / kTileColumns) +
+                       (panels + kernels.panels_at_once) * tokens);
+}
 
 extern const Nf4Kernels kNf4Portable;
 #if defined(__x86_64__)
 extern const Nf4Kernels kNf4Avx2;
 extern const Nf4Kernels kNf4Avx512;
 #endif
+
+// False where `isa` does not run here or memory is short.
+bool nf4_linear(const Nf4Job& job, int isa, int threads);
 
 }  // namespace manylora

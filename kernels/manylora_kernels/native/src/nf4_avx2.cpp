@@ -12,20 +12,15 @@
 namespace manylora {
 namespace {
 
-using V = __m256;
-constexpr int kLanes = 8;
+#include "vector_avx2.h"
+#include "panel_avx2.h"
+
 constexpr int kFewTokens = 4;
 constexpr int kTileTokens = 6;  // 6 by 16 sums in 12 of the 16 registers
 constexpr int kPanelsAtOnce = 1;
 constexpr int64_t kBlockColumns = 256;  // 16 KiB unpacked, half of a small L1
 
-inline V zero() { return _mm256_setzero_ps(); }
-inline V load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
-inline V broadcast(float f) { return _mm256_set1_ps(f); }
-inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+constexpr int few_panels_at_once(int tokens) { return tokens <= 2 ? 2 : 1; }
 
 // No AVX2 instruction looks up 16 floats, but pshufb looks up 16 bytes, 32 times: the code book is
 // held as its four byte planes, and the bytes found are woven into floats.
@@ -70,7 +65,7 @@ struct Code {
 }  // namespace
 
 const Nf4Kernels kNf4Avx2 = {kFewTokens, kTileTokens, kPanelsAtOnce, kBlockColumns,
-                             few,        pack,        many};
+                             pack,       few,         many};
 
 }  // namespace manylora
 #if defined(__clang__)

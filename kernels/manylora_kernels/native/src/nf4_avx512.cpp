@@ -12,20 +12,16 @@
 namespace manylora {
 namespace {
 
-using V = __m512;
-constexpr int kLanes = 16;
-constexpr int kFewTokens = 8;
+#include "vector_avx512.h"
+#include "panel_avx512.h"
+
+constexpr int kFewTokens = 24;  // 24 sums, and the totals in memory
 constexpr int kTileTokens = 12;  // 12 by 32 sums in 24 of the 32 registers
 constexpr int kPanelsAtOnce = 2;
 constexpr int64_t kBlockColumns = 128;  // 16 KiB unpacked, half of a small L1
 
-inline V zero() { return _mm512_setzero_ps(); }
-inline V load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-inline V broadcast(float f) { return _mm512_set1_ps(f); }
-inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+// Panels side by side: enough independent sums to hide the latency of each.
+constexpr int few_panels_at_once(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
 
 // One register holds the code book, and vpermps looks at the low four bits of an index only.
 struct Code {
@@ -48,7 +44,7 @@ struct Code {
 }  // namespace
 
 const Nf4Kernels kNf4Avx512 = {kFewTokens, kTileTokens, kPanelsAtOnce, kBlockColumns,
-                               few,        pack,        many};
+                               pack,       few,         many};
 
 }  // namespace manylora
 #if defined(__clang__)

@@ -4,50 +4,15 @@
 namespace manylora {
 namespace {
 
-constexpr int kLanes = 16;
+#include "vector_portable.h"
+#include "panel_portable.h"
+
 constexpr int kFewTokens = 2;
 constexpr int kTileTokens = 4;
 constexpr int kPanelsAtOnce = 1;
 constexpr int64_t kBlockColumns = 256;
 
-struct V {
-  float lane[kLanes];
-};
-
-inline V load(const float* p) {
-  V v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = p[i];
-  return v;
-}
-inline void store(float* p, const V& v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = v.lane[i];
-}
-inline V broadcast(float f) {
-  V v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = f;
-  return v;
-}
-inline V zero() { return broadcast(0.0f); }
-inline V mul(const V& a, const V& b) {
-  V v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i];
-  return v;
-}
-inline V add(const V& a, const V& b) {
-  V v;
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] + b.lane[i];
-  return v;
-}
-inline V fma(const V& a, const V& b, const V& c) {
-  V v;
-  // Fused only where the processor does it: a call of the library's fmaf would cost far more.
-#if defined(__FP_FAST_FMAF)
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
-#else
-  for (int i = 0; i < kLanes; ++i) v.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
-#endif
-  return v;
-}
+constexpr int few_panels_at_once(int) { return 1; }
 
 struct Code {
   const float* book;
@@ -66,6 +31,6 @@ struct Code {
 }  // namespace
 
 const Nf4Kernels kNf4Portable = {kFewTokens, kTileTokens, kPanelsAtOnce, kBlockColumns,
-                                 few,        pack,        many};
+                                 pack,       few,         many};
 
 }  // namespace manylora

@@ -13,7 +13,8 @@ bool runs(int isa) {
       return true;
 #if defined(__x86_64__)
     case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     case kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 #endif
@@ -28,7 +29,7 @@ bool runs(int isa) {
 extern "C" {
 
 // Raised with every change of this interface: a stale build is refused, not called.
-int manylora_interface() { return 3; }
+int manylora_interface() { return 4; }
 
 // Whether this processor runs instruction set `isa`: 0 portable, 1 AVX2 with FMA, 2 AVX-512 (F, BW).
 int manylora_supports(int isa) { return manylora::runs(isa); }

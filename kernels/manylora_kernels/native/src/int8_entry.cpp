@@ -1,0 +1,96 @@
+// nf4_linear in eight bits as Python calls it through ctypes: which kernels, and how the work is
+// shared among threads.
+#include "int8.h"
+#include "runtime.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace manylora {
+namespace {
+
+// Below this many floats waking a thread costs more than it brings.
+constexpr int64_t kSerialFloats = 32768;
+// From here on AMX is faster: it computes 16 tokens as fast as one.
+constexpr int64_t kAmxTokens = 15;
+
+const Int8Kernels* kernels_of(int isa, bool amx) {
+  if (!runs(isa)) return nullptr;
+#if defined(__x86_64__)
+  if (isa == kAvx512 && amx) return &kInt8Amx;
+  if (isa == kAvx512 && __builtin_cpu_supports("avx512vnni")) return &kInt8Vnni;
+  if (isa == kAvx512 || isa == kAvx2) return &kInt8Avx2;
+#endif
+  return &kInt8Portable;
+}
+
+bool run(const Int8Kernels& kernels, const Nf4Job& job, int threads) {
+  const int64_t in = job.w.in, segments = in / job.w.segment;
+  // Tiles of even sizes, except where they are padded.
+  const int64_t tiles = quotient_up(job.tokens, kernels.tile_tokens);
+  const int64_t size = kernels.padded ? kernels.tile_tokens : quotient_up(job.tokens, tiles);
+  const int64_t tokens = kernels.padded ? tiles * size : job.tokens;
+  const int64_t scratch_floats = quotient_up(kernels.scratch_bytes(job.w), 64) * 16;
+  const Scratch q(quotient_up(tokens * in, 4)), scale(tokens * segments);
+  const Scratch balance(tokens * segments), scratch(scratch_floats * threads);
+  if (q.data() == nullptr || scale.data() == nullptr || balance.data() == nullptr ||
+      scratch.data() == nullptr)
+    return false;
+  const Int8Activations x = {size, reinterpret_cast<int8_t*>(q.data()), scale.data(),
+                             reinterpret_cast<int32_t*>(balance.data())};
+  const int sharers = job.tokens * in > kSerialFloats ? threads : 1;
+  parallel(sharers, segments, quotient_up(segments, int64_t{sharers} * 2),
+           [&](int, int64_t first, int64_t last) {
+             kernels.quantize(job, first, last, x);
+           });
+  const int64_t panels = quotient_up(job.w.out, kPanelRows);
+  // A multiple of the panels that share a pass over x.
+  constexpr int64_t kShared = 4;
+  const int64_t share = quotient_up(panels, int64_t{threads} * 8);
+  const int64_t item = quotient_up(least(share, kernels.item_panels), kShared) * kShared;
+  parallel(threads, panels, item, [&](int thread, int64_t first, int64_t last) {
+    kernels.rows(job, x, first, last, scratch.data() + thread * scratch_floats);
+  });
+  return true;
+}
+
+}  // namespace
+
+bool nf4_linear_int8(const Nf4Job& job, int isa, bool amx, int threads) {
+  const Int8Kernels* kernels = kernels_of(isa, amx && job.tokens >= kAmxTokens);
+  if (kernels == nullptr) return false;
+  if (job.tokens == 0 || job.w.out == 0) return true;
+  return run(*kernels, job, threads);
+}
+
+}  // namespace manylora
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Whether this process may use AMX's eight-bit products; asks the system for it.
+int manylora_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return manylora::runs(manylora::kAvx512) && __builtin_cpu_supports("amx-int8") &&
+         __builtin_cpu_supports("amx-tile") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return 0;
+#endif
+}
+
+// Returns 0, 1 where `isa` does not run here, or 2 where memory is short. `amx`: what manylora_amx
+// said, or 0; used with AVX-512 only.
+int manylora_nf4_linear_int8(const manylora::Nf4Matrix* w, const float* x, int64_t tokens,
+                             const float* bias, float* y, int isa, int amx, int threads) {
+  if (!manylora::runs(isa)) return 1;
+  const int64_t stride = manylora::quotient_up(w->out, manylora::kPanelRows) * manylora::kPanelRows;
+  const manylora::Nf4Job job{*w, x, y, bias, tokens, stride};
+  return manylora::nf4_linear_int8(job, isa, amx != 0, threads < 1 ? 1 : threads) ? 0 : 2;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
