@@ -13,6 +13,7 @@ from manylora_kernels.backends import (
 from manylora_kernels.half import HalfWeight, halve
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
+    half_embedding,
     half_linear,
     lora_delta_,
     nf4_linear,
@@ -33,6 +34,7 @@ __all__ = [
     "Segment",
     "SegmentMap",
     "available_backends",
+    "half_embedding",
     "half_linear",
     "halve",
     "lora_delta_",

@@ -73,6 +73,17 @@ def widen(tiles: torch.Tensor, out: int, columns: int, dtype: torch.dtype) -> to
     return dense
 
 
+def rows(tiles: torch.Tensor, columns: int, index: torch.Tensor) -> torch.Tensor:
+    """Return rows ``index [n]`` of the matrix in ``tiles`` in float32, ``[n, columns]``."""
+    panel, row = index // PANEL_ROWS, index % PANEL_ROWS
+    if tiles.dtype == torch.bfloat16:
+        # Both columns of a pair at once: a third of the time.
+        found = tiles.view(torch.int32)[panel, :, row].view(torch.bfloat16)
+    else:
+        found = _by_row(tiles)[panel, row].flatten(1)
+    return found[:, :columns].float()
+
+
 def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
         yield weight[start : start + _ROWS_AT_ONCE]

@@ -16,6 +16,7 @@ _SCHEMAS = {
         "(Tensor x, Tensor[] weight, int[] form, float absmax_offset, Tensor? bias) -> Tensor"
     ),
     "packed_linear": "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor",
+    "half_embedding": "(Tensor index, Tensor tiles, int columns) -> Tensor",
     "half_linear": "(Tensor x, Tensor tiles, int out_features, Tensor? bias) -> Tensor",
     "lora_delta_": (
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor segments, Tensor weights, "
@@ -64,6 +65,11 @@ def _packed_linear_fake(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("manylora::half_embedding", lib=_library)
+def _half_embedding_fake(index: torch.Tensor, tiles: torch.Tensor, columns: int) -> torch.Tensor:
+    return tiles.new_empty(index.shape[0], columns, dtype=torch.float32)
 
 
 @torch.library.register_fake("manylora::half_linear", lib=_library)

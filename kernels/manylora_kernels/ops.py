@@ -75,6 +75,12 @@ def nf4_linear_in_float() -> Iterator[None]:
         select_backend("nf4_linear", selected)
 
 
+def half_embedding(index: torch.Tensor, weight: HalfWeight) -> torch.Tensor:
+    """Return ``y[i] = W[index[i]]`` in float32, ``[n, in]``, for integers ``index [n]``."""
+    result: torch.Tensor = torch.ops.manylora.half_embedding(index, weight.tiles, weight.shape[1])
+    return result
+
+
 def half_linear(
     x: torch.Tensor, weight: HalfWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

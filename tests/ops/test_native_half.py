@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from manylora_kernels import HalfWeight, half_linear, halve, native, select_backend
+from manylora_kernels import HalfWeight, half_embedding, half_linear, halve, native, select_backend
 from manylora_kernels.half import narrow
 
 if native.missing is not None:
@@ -148,6 +148,17 @@ def test_halving_loses_nothing(shape: tuple[int, int], dtype: torch.dtype) -> No
     half = halve(dense)
     assert half is not None
     assert torch.equal(half.widen(), dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 255), (100, 64)], ids=str)
+def test_rows_are_those_of_the_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    half = weight(shape, dtype)
+    for count in (0, 3, shape[0]):
+        index = torch.arange(count).flip(0) % shape[0]
+        rows = half_embedding(index, half)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, half.widen()[index])
 
 
 def test_what_16_bits_do_not_hold_is_not_halved() -> None:

@@ -22,6 +22,7 @@ from manylora_kernels.half import narrow
 from support.nf4 import quantize
 
 OPERATIONS = [
+    "half_embedding",
     "half_linear",
     "lora_delta_",
     "nf4_linear",
@@ -65,6 +66,10 @@ def attention_arguments(sinks: bool) -> tuple[Any, ...]:
 
 
 CALLS = {
+    "half_embedding": (
+        "half_embedding",
+        lambda: (torch.tensor([4, 0, 3]), narrow(torch.randn(5, 9), torch.bfloat16).tiles, 9),
+    ),
     "half_linear": (
         "half_linear",
         lambda: (torch.randn(3, 9), narrow(torch.randn(5, 9), torch.float16).tiles, 5, None),

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from manylora_kernels import native, select_backend
 from manylora_server.core.config import ModelConfig
-from manylora_server.model.half_linear import PORTABLE, HalfLinear
+from manylora_server.model.half_linear import PORTABLE, HalfEmbedding, HalfLinear
 from manylora_server.model.loader import LoadedModel, load_model
 from manylora_server.model.packed_linear import PackedLinear
-from support.models import save_model
+from manylora_server.model.self_test import run_self_test
+from support.models import VOCAB, save_model
 
 if native.missing is not None or native.library.isa == PORTABLE:
     pytest.skip(f"no fast kernels: {native.missing}", allow_module_level=True)
@@ -66,7 +67,31 @@ def test_a_4_bit_base_s_head_stays_in_16_bits(tmp_path: Path) -> None:
     assert kinds(load(tmp_path, "nf4")) == {"lm_head": HalfLinear}
 
 
-def test_a_tied_head_has_a_half_copy_and_the_embeddings_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gpt_bigcode"])
+def test_a_tied_head_and_the_embeddings_share_16_bits(
+    architecture: str, quantization: str, tmp_path: Path
+) -> None:
+    save_model(architecture, tmp_path, stored=torch.bfloat16)
+    loaded = load(tmp_path, quantization)
+    model = loaded.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(head, HalfLinear)
+    assert isinstance(embedding, HalfEmbedding)
+    assert embedding.weight_half is head.weight_half
+    assert not any(parameter.shape[0] == VOCAB for parameter in model.parameters())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = plain.get_input_embeddings().weight
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    assert torch.equal(loaded.layout.weight(name, "weight"), expected)
+    assert torch.equal(loaded.layout.weight("lm_head", "weight"), expected)
+    ids = torch.tensor([[0, 15, 16, VOCAB - 1], [3, 3, 200, 31]])
+    assert torch.equal(embedding(ids), plain.get_input_embeddings()(ids))
+    error = run_self_test(model, loaded.vocab_size, loaded.dtype, loaded.device).error
+    assert error < 1e-5
+
+
+def test_embeddings_of_a_class_of_their_own_stay_beside_a_half_head(tmp_path: Path) -> None:
     save_model("gemma3_text", tmp_path, stored=torch.bfloat16)
     loaded = load(tmp_path, "nf4")
     assert kinds(loaded) == {"lm_head": HalfLinear}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from manylora_kernels import native, select_backend
 from support.adapters import adalora, attention_targets, lora
 from support.models import ARCHITECTURES
 from support.oracle import Oracle
@@ -90,6 +91,22 @@ def test_every_feature(architecture: str, quantization: str, tmp_path: Path) -> 
         # Saved from a Conv1D, which a 4-bit layer is not any more.
         del adapters["saved-linear"]
     check(MeasuredBase(architecture, tmp_path, quantization), adapters)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gpt2"])
+def test_every_feature_on_a_checkpoint_of_16_bits(
+    architecture: str, quantization: str, tmp_path: Path
+) -> None:
+    adapters = features(architecture)
+    if architecture == "gpt2" and quantization == "nf4":
+        del adapters["saved-linear"]
+    if native.missing is None:
+        select_backend("half_linear", native.NATIVE)
+    try:
+        check(MeasuredBase(architecture, tmp_path, quantization, stored=torch.bfloat16), adapters)
+    finally:
+        select_backend("half_linear", "reference")
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

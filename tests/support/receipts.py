@@ -18,7 +18,7 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
 from manylora_server.model.batch import Chunk
 from manylora_server.model.experts import NF4Experts
-from manylora_server.model.half_linear import HalfLinear
+from manylora_server.model.half_linear import HalfModule
 from manylora_server.model.loader import load_model
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.nf4_linear import NF4Linear
@@ -102,7 +102,7 @@ class Served:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-    if isinstance(module, PackedLinear | HalfLinear):
+    if isinstance(module, PackedLinear | HalfModule):
         yield "packed", module.dense_weight()
     if isinstance(module, NF4Linear):
         yield from _packed("weight", module.weight_nf4)

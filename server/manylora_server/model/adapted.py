@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from manylora_kernels import SegmentMap, lora_delta_
 from manylora_server.model.context import current_context
+from manylora_server.model.half_linear import HalfEmbedding
 from manylora_server.model.rank_pool import AffinePool, RankPool
 from manylora_store.compiler.canonical import LowRank, ModulePatch, ModuleSpec
 
@@ -107,9 +108,16 @@ class AdaptedModule(nn.Module):
             parameters = self.replacements.get(slot)
             if parameters is not None:
                 rows = x.narrow(self.token_axis, start, end - start)
-                replaced = functional_call(self.base, parameters, (rows,))
+                replaced = self._with_parameters(parameters, rows)
                 y.narrow(self.token_axis, start, end - start).copy_(replaced)
         return y
+
+    def _with_parameters(
+        self, parameters: dict[str, torch.Tensor], rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the base would for ``rows`` if it had these parameters."""
+        result: torch.Tensor = functional_call(self.base, parameters, (rows,))
+        return result
 
 
 class AdaptedLinear(AdaptedModule):
@@ -223,6 +231,13 @@ class AdaptedEmbedding(AdaptedModule):
                 result[start:end].addmm_(projected, factors.b, alpha=factors.scaling * weight)
         self.affine.apply(result, segments)
         return y
+
+    def _with_parameters(
+        self, parameters: dict[str, torch.Tensor], rows: torch.Tensor
+    ) -> torch.Tensor:
+        if isinstance(self.base, HalfEmbedding):  # which has no parameter to call it with
+            return F.embedding(rows, parameters["weight"])
+        return super()._with_parameters(parameters, rows)
 
 
 def _is_affine(patch: ModulePatch) -> bool:

@@ -16,7 +16,13 @@ from torch import nn
 
 from manylora_server.model.experts import NF4Experts
 from manylora_server.model.nf4_linear import NF4Linear
-from manylora_server.model.stand_in import Conv1DStandIn, LinearStandIn, PackedLayer, StandIn
+from manylora_server.model.stand_in import (
+    Conv1DStandIn,
+    EmbeddingStandIn,
+    LinearStandIn,
+    PackedLayer,
+    StandIn,
+)
 from manylora_store.compiler.canonical import BaseLayout, ModuleSpec
 
 
@@ -61,7 +67,7 @@ class BaseView:
                 if not isinstance(layer, StandIn):
                     _make_private(tree, layer, parameter)
                 elif parameter != "bias":  # which is a copy already
-                    _put(tree, name, copy.deepcopy(layer))
+                    _unpack(tree, layer)
         return tree
 
 
@@ -115,7 +121,7 @@ def _ordinary(
     layer: PackedLayer, tree: nn.Module, spec: ModuleSpec, dtype: torch.dtype
 ) -> nn.Module:
     partner = None if spec.tied_to is None else tree.get_submodule(spec.tied_to)
-    if isinstance(partner, nn.Embedding):
+    if isinstance(partner, nn.Embedding) and not isinstance(partner, StandIn):
         # Packed for the server's sake only: the embedding holds the plain weight.
         out_features, in_features = spec.shape
         tied = nn.Linear(in_features, out_features, bias=False, device="meta")
@@ -123,8 +129,29 @@ def _ordinary(
         if layer.bias is not None:
             tied.bias = nn.Parameter(layer.bias, requires_grad=False)
         return tied.train(layer.training)
-    stand_in = Conv1DStandIn if spec.transposed else LinearStandIn
-    return stand_in(layer, dtype).train(layer.training)
+    if spec.kind == "embedding":
+        return EmbeddingStandIn(layer, dtype).train(layer.training)
+    kind = Conv1DStandIn if spec.transposed else LinearStandIn
+    stand_in = kind(layer, dtype).train(layer.training)
+    if isinstance(partner, StandIn):
+        # PEFT takes for tied what shows one parameter; its values are the property's all the same.
+        shown = SharedParameter(partner.weight, requires_grad=False)
+        stand_in._parameters["weight"] = partner._parameters["weight"] = shown
+    return stand_in
+
+
+def _unpack(tree: nn.Module, written: StandIn) -> None:
+    """Put an ordinary layer in place of a stand-in, and of those over the same weight."""
+    weight = None
+    for name, module in list(tree.named_modules()):
+        if not isinstance(module, StandIn):
+            continue
+        if module is not written and not module.shares_weight(written):
+            continue
+        ordinary: Any = copy.deepcopy(module)
+        weight = ordinary.weight if weight is None else weight
+        ordinary.weight = weight
+        _put(tree, name, ordinary)
 
 
 def _make_private(tree: nn.Module, owner: nn.Module, name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from manylora_server.model.half_linear import HalfLinear
+from manylora_server.model.half_linear import HalfModule
 from manylora_server.model.nf4_linear import NF4Linear
 from manylora_server.model.packed_linear import PackedLinear
 from manylora_store.compiler.canonical import BaseLayout, ModuleKind, ModuleSpec
@@ -64,7 +64,7 @@ def describe(
         module = originals[name]
         if isinstance(module, NF4Linear) and parameter == "weight":
             return module.weight_nf4.dequantize().cpu()
-        if isinstance(module, PackedLinear | HalfLinear) and parameter == "weight":
+        if isinstance(module, PackedLinear | HalfModule) and parameter == "weight":
             return module.dense_weight()
         tensor: torch.Tensor | None = parameters[name].get(parameter)
         if tensor is None:

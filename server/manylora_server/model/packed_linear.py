@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora_kernels import packed_linear
-from manylora_server.model.half_linear import HalfLinear, halved
+from manylora_server.model.half_linear import HalfEmbedding, HalfLinear, halved
 
 
 class PackedLinear(nn.Module):
@@ -72,26 +72,37 @@ class Packed:
 def pack_linears(model: Any, *, copy_tied_head: bool) -> Packed:
     """Replace the dense linear modules of ``model``, whose weights are float32, in place.
 
-    By a ``HalfLinear`` where nothing is lost, else by a ``PackedLinear``. The plain weights go,
-    except that of a head that is tied to the embeddings, which needs a copy of its own: made if it
-    is a half one or ``copy_tied_head``.
+    By a ``HalfLinear`` where nothing is lost, else by a ``PackedLinear``; the plain weights go.
+    Embeddings that are tied to a half head share its weight. Where they are of a class of their
+    own, or the head is not half, a head needs a copy: made if it is a half one or
+    ``copy_tied_head``.
     """
-    embeddings = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    embeddings = embedding.weight
     half = full = 0
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         plain = module.weight.t() if isinstance(module, Conv1D) else module.weight
         weight = plain.detach().contiguous()
         bias = None if module.bias is None else module.bias.detach()
         replacement: HalfLinear | PackedLinear | None = halved(weight, bias)
-        if replacement is not None:
+        if isinstance(replacement, HalfLinear):
             half += 1
+            if module.weight is embeddings and type(embedding) is nn.Embedding:
+                _put(model, embedding, HalfEmbedding(replacement.weight_half))
         elif module.weight is embeddings and not copy_tied_head:
             continue
         else:
             replacement = PackedLinear(weight, bias)
             full += 1
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
+        _put(model, module, replacement)
     return Packed(half, full)
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is in ``model``."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
