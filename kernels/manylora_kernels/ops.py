@@ -113,9 +113,10 @@ def lora_delta_(
 
         y[t] += w * sum over r in [r0, r1) of (x[t] . a[r]) * b[r]        for t in [t0, t1)
 
-    ``y [T, out]``, ``x [T, in]``, ``a [R, in]``, ``b [R, out]``, one floating dtype. Tokens in no
-    segment keep their bits. What rows of ``a`` and ``b`` outside a token's own segments hold, NaN
-    included, does not reach it.
+    ``y [T, out]``, ``x [T, in]``, ``a [R, in]``, ``b [R, out]``, one floating dtype; on the CPU
+    ``a`` and ``b`` may have a narrower one and are widened. Tokens in no segment keep their bits.
+    What rows of ``a`` and ``b`` outside a token's own segments hold, NaN included, does not reach
+    it.
     """
     if x.shape[0] != y.shape[0] or x.shape[1] != a.shape[1] or y.shape[1] != b.shape[1]:
         raise ValueError(

@@ -40,9 +40,33 @@ def adapter(value: float = 1.5) -> CompiledAdapter:
     )
 
 
-def test_in_the_compiler_s_own_dtype_nothing_is_copied() -> None:
-    source = adapter()
-    assert host_copy(source, torch.float32, pinned=False) is source
+@pytest.mark.parametrize("value", [math.pi, 1e-30])
+def test_in_the_compiler_s_own_dtype_nothing_is_copied(value: float) -> None:
+    source = adapter(value)
+    copy = host_copy(source, torch.float32, pinned=False)
+    assert {name: copy.patches[name] is patch for name, patch in source.patches.items()} == {
+        "low": True,
+        "whole": True,
+        "tied": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(1.5, torch.bfloat16), (2.0**100, torch.bfloat16), (1 + 2.0**-10, torch.float16)],
+)
+def test_factors_that_16_bits_hold_are_kept_in_16_bits(value: float, dtype: torch.dtype) -> None:
+    source = adapter(value)
+    copy = host_copy(source, torch.float32, pinned=False)
+    before, after = source.patches["low"].low_rank, copy.patches["low"].low_rank
+    assert before is not None
+    assert after is not None
+    assert (after.a.dtype, after.b.dtype) == (dtype, dtype)
+    assert torch.equal(after.a.float(), before.a)
+    assert torch.equal(after.b.float(), before.b)
+    # Everything else is as it was.
+    assert copy.patches["low"].shift is source.patches["low"].shift
+    assert copy.patches["whole"] is source.patches["whole"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

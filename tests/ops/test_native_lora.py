@@ -185,6 +185,30 @@ def test_more_segments_than_fit_on_the_stack(isa: str) -> None:
     check(apply(y, x, a, b, segments), y, x, a, b, segments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_16_bits_are_widened(dtype: torch.dtype, isa: str) -> None:
+    a, b = (surrounded(pool.to(dtype)) for pool in pools(37, 70))
+    x, y = random(124, 37, seed=3), random(124, 70, seed=4)
+    got = apply(y, x, a, b, RAGGED)
+    check(got, y, x, a, b, RAGGED)
+    widened = apply(y, x, a.float(), b.float(), RAGGED)
+    assert torch.equal(got.nan_to_num(), widened.nan_to_num())
+
+
+def test_every_value_of_16_bits_is_widened_exactly(isa: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = every.view(dtype)
+        values = values[values.isfinite()].contiguous()
+        # One rank, a factor of 1, and x of 1: what is added to 0 is the value itself.
+        a = torch.ones(1, 1, dtype=dtype)
+        runs = SegmentMap([Segment(0, 1, 0)], 1).resolve({0: RankExtent(0, 1, 1.0)})
+        assert runs is not None
+        y = torch.zeros(1, len(values))
+        lora_delta_(y, torch.ones(1, 1), a, values[None], runs)
+        assert torch.equal(y[0], values.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_are_computed_by_the_reference(dtype: torch.dtype, isa: str) -> None:
     a, b = (pool.to(dtype) for pool in pools(37, 21))

@@ -21,12 +21,15 @@ _lora_delta = _library.function(
     ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_int64,
+    ctypes.c_int64,
     ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_int,
     ctypes.c_int,
 )
+# As FactorType of src/lora.h.
+FACTOR_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register("lora_delta_", "native")
@@ -45,11 +48,14 @@ def lora_delta_native(
 ) -> None:
     """See ``ops.lora_delta_``. The order of a token's sums depends on nothing but its own segment.
 
-    Computes float32 on the CPU with contiguous factors; the reference computes all else.
+    Computes float32 on the CPU, with contiguous factors of 32 or 16 bits; the reference computes
+    all else.
     """
-    tensors = (y, x, a, b)
     takes = (
-        all(t.dtype is torch.float32 and t.is_cpu for t in tensors)
+        y.dtype is x.dtype is torch.float32
+        and a.dtype is b.dtype
+        and a.dtype in FACTOR_TYPES
+        and all(tensor.is_cpu for tensor in (y, x, a, b))
         and a.is_contiguous()
         and b.is_contiguous()
         and (y.stride(1) == 1 or y.shape[1] == 1)
@@ -65,6 +71,7 @@ def lora_delta_native(
         x.stride(0),
         a.data_ptr(),
         b.data_ptr(),
+        FACTOR_TYPES.index(a.dtype),
         x.shape[1],
         y.shape[1],
         segments.data_ptr(),

@@ -9,6 +9,7 @@ from enum import IntEnum
 from manylora_kernels.backends import selected_backend
 from manylora_kernels.native.binding import load
 from manylora_kernels.native.int8 import uses_amx
+from manylora_kernels.native.lora import FACTOR_TYPES
 
 MAX_DIMS = 5
 
@@ -167,15 +168,19 @@ class RescaleRuns(ctypes.Structure):
     _fields_ = (("runs", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
+class HookPool(ctypes.Structure):
+    """Rank rows of one type of factors."""
+
+    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("runs", ctypes.c_int64))
+
+
 class Hook(ctypes.Structure):
-    """What the adapters do to one module in a step."""
+    """What the adapters do to one module in a step; pools in the order of ``FACTOR_TYPES``."""
 
     _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
+        ("pools", HookPool * len(FACTOR_TYPES)),
         ("scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
-        ("lora", ctypes.c_int64),
         ("rescale", ctypes.c_int64),
     )
 

@@ -26,8 +26,8 @@ def lora_delta_(
         for (start, end, row_start, row_end), weight in zip(
             segments.tolist(), weights.tolist(), strict=True
         ):
-            projected = x[start:end] @ a[row_start:row_end].t()
-            y[start:end].addmm_(projected, b[row_start:row_end], alpha=weight)
+            projected = x[start:end] @ a[row_start:row_end].to(x.dtype).t()
+            y[start:end].addmm_(projected, b[row_start:row_end].to(x.dtype), alpha=weight)
         return
     count, rank = scales.shape[0], scales.shape[2]
     start, first_row = int(segments[0, 0]), int(segments[0, 2])
@@ -36,9 +36,10 @@ def lora_delta_(
         inputs = x[start : start + count * length].view(count, length, -1)
     else:
         inputs = x.index_select(0, tokens).view(count, length, -1)
-    projected = torch.bmm(inputs, _factors(a, rows, first_row, count, rank, step).transpose(1, 2))
+    down = _factors(a, rows, first_row, count, rank, step).to(x.dtype)
+    projected = torch.bmm(inputs, down.transpose(1, 2))
     projected.mul_(scales)
-    factors = _factors(b, rows, first_row, count, rank, step)
+    factors = _factors(b, rows, first_row, count, rank, step).to(x.dtype)
     if valid is None:
         y[start : start + count * length].view(count, length, -1).baddbmm_(projected, factors)
     else:

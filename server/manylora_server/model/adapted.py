@@ -15,6 +15,7 @@ from torch.func import functional_call
 from manylora_kernels import SegmentMap, lora_delta_
 from manylora_server.model.context import current_context
 from manylora_server.model.half_linear import HalfEmbedding
+from manylora_server.model.host_copy import NARROW_DTYPES
 from manylora_server.model.rank_pool import AffinePool, RankPool
 from manylora_store.compiler.canonical import LowRank, ModulePatch, ModuleSpec
 
@@ -134,22 +135,25 @@ class AdaptedLinear(AdaptedModule):
         super().__init__(base, spec, dtype, device, token_axis)
         out_features, in_features = spec.shape
         self.ranks = RankPool(in_features, out_features, dtype, device)
+        # Factors that came in 16 bits, where the module computes in float32, by their dtype.
+        self.narrow_ranks: dict[torch.dtype, RankPool] = {}
         self.affine = AffinePool(out_features, dtype, device)
 
     def _reserve(self, slot: int, patch: ModulePatch) -> None:
         if patch.low_rank is not None:
-            self.ranks.reserve(slot, patch.low_rank)
+            self._pool_for(patch.low_rank).reserve(slot, patch.low_rank)
         if _is_affine(patch):
             self.affine.reserve(slot)
 
     def _fill(self, slot: int, patch: ModulePatch) -> None:
         if patch.low_rank is not None:
-            self.ranks.fill(slot, patch.low_rank)
+            self._pool_for(patch.low_rank).fill(slot, patch.low_rank)
         if _is_affine(patch):
             self.affine.fill(slot, patch.output_scale, patch.shift)
 
     def _remove(self, slot: int) -> None:
-        self.ranks.remove(slot)
+        for pool in self.rank_pools:
+            pool.remove(slot)
         self.affine.remove(slot)
 
     def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
@@ -159,12 +163,28 @@ class AdaptedLinear(AdaptedModule):
         result = y.view(-1, out_features)
         if self.replacements:
             self._replace(rows, result, segments)
-        if self.ranks.extents:
-            runs = segments.resolve(self.ranks.extents)
+        for pool in self.rank_pools:
+            runs = segments.resolve(pool.extents) if pool.extents else None
             if runs is not None:
-                lora_delta_(result, rows, self.ranks.a, self.ranks.b, runs)
+                lora_delta_(result, rows, pool.a, pool.b, runs)
         self.affine.apply(result, segments)
         return y
+
+    @property
+    def rank_pools(self) -> tuple[RankPool, ...]:
+        """The pools of low-rank factors."""
+        return (self.ranks, *self.narrow_ranks.values())
+
+    def _pool_for(self, factors: LowRank) -> RankPool:
+        dtype = factors.a.dtype
+        if self.dtype is not torch.float32 or dtype not in NARROW_DTYPES:
+            return self.ranks
+        pool = self.narrow_ranks.get(dtype)
+        if pool is None:
+            out_features, in_features = self.spec.shape
+            pool = RankPool(in_features, out_features, dtype, self.device)
+            self.narrow_ranks[dtype] = pool
+        return pool
 
     def _replace(self, rows: torch.Tensor, result: torch.Tensor, segments: SegmentMap) -> None:
         bias = getattr(self.base, "bias", None)

@@ -9,15 +9,20 @@ import torch
 
 from manylora_store.compiler.canonical import CompiledAdapter, ModulePatch
 
+# What float32 factors may be kept in, where nothing is lost.
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def host_copy(compiled: CompiledAdapter, dtype: torch.dtype, *, pinned: bool) -> CompiledAdapter:
     """Return ``compiled`` with every tensor in ``dtype`` (page-locked if ``pinned``).
 
-    The compiler's tensors are contiguous and in float32, so for that dtype nothing is to be done.
-    Raises ``OverflowError`` if a value is beyond the range of ``dtype``.
+    The compiler's tensors are contiguous and in float32. For that dtype they stay as they are, but
+    low-rank factors that 16 bits hold without loss are kept in 16 bits: a step of many adapters
+    waits for their bytes. Raises ``OverflowError`` if a value is beyond the range of ``dtype``.
     """
     if dtype == torch.float32 and not pinned:
-        return compiled
+        patches = {name: _narrowed(patch) for name, patch in compiled.patches.items()}
+        return replace(compiled, patches=patches)
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
         cast = tensor.to(dtype).contiguous()
@@ -41,6 +46,22 @@ def host_copy(compiled: CompiledAdapter, dtype: torch.dtype, *, pinned: bool) ->
 
     patches = {name: convert_patch(patch) for name, patch in compiled.patches.items()}
     return replace(compiled, patches=patches)
+
+
+def _narrowed(patch: ModulePatch) -> ModulePatch:
+    factors = patch.low_rank
+    if factors is None:
+        return patch
+    for dtype in NARROW_DTYPES:
+        # Most that do not fit show it in their first row.
+        if _fits(factors.a[:1], dtype) and _fits(factors.a, dtype) and _fits(factors.b, dtype):
+            narrow = replace(factors, a=factors.a.to(dtype), b=factors.b.to(dtype))
+            return replace(patch, low_rank=narrow)
+    return patch
+
+
+def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(tensor.to(dtype).float(), tensor)
 
 
 def adapter_bytes(compiled: CompiledAdapter) -> int:

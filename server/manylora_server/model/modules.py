@@ -73,7 +73,8 @@ class AdaptedModules:
             pool.numel() * pool.element_size()
             for module in self._wrapped.values()
             if isinstance(module, AdaptedLinear)
-            for pool in (module.ranks.a, module.ranks.b)
+            for ranks in module.rank_pools
+            for pool in (ranks.a, ranks.b)
         )
 
     def find(self, name: str) -> AdaptedModule | None:

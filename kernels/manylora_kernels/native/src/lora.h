@@ -21,6 +21,19 @@ struct LoraSegment {
   float weight;
 };
 
+// The segment of a run {token start, token end, rank row start, rank row end} over pools of `type`.
+inline LoraSegment lora_segment(const int32_t* run, float weight, int64_t type, const void* a,
+                                const void* b, int64_t in, int64_t out) {
+  const int64_t bytes = type == kFactorFloat ? 4 : 2;
+  return {run[0],
+          run[1],
+          run[3] - run[2],
+          type,
+          static_cast<const char*>(a) + run[2] * in * bytes,
+          static_cast<const char*>(b) + run[2] * out * bytes,
+          weight};
+}
+
 struct LoraJob {
   const LoraSegment* segments;
   int64_t count;
@@ -35,7 +48,7 @@ struct LoraJob {
 // Every kernel computes, for a token t, rank row r and output o of a segment,
 //   p[r] = weight * sum over i of x[t][i] a[r][i]     one accumulator of kLanes lanes, i ascending,
 //                                                     then the lanes by halves
-//   y[t][o] += ((0 + p[0] b[0][o]) + p[1] b[1][o]) + ...
+//   y[t][o] = ((y[t][o] + p[0] b[0][o]) + p[1] b[1][o]) + ...
 // whatever tile it works in, so a token's result does not depend on its neighbours.
 struct LoraKernels {
   // Rank rows [first, last) for tokens [begin, end): projected[(t - start) * rank + r].

@@ -1,10 +1,8 @@
 // lora_delta_ as Python calls it through ctypes: how the work is cut up and shared among threads.
+#include <algorithm>
+
 #include "lora.h"
 #include "runtime.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace manylora {
 namespace {
@@ -12,16 +10,12 @@ namespace {
 // Shrink: an item is some rank rows of some tokens of one segment.
 constexpr int64_t kItemRanks = 8;
 constexpr int64_t kItemTokens = 64;
-// Expand: an item is some outputs of all segments, a multiple of every tile's width.
+// Expand: an item is some outputs of all segments, so few that many tokens find their part of B in
+// the cache; for few tokens, so many that B is read in long runs.
 constexpr int64_t kItemOutputs = 256;
+constexpr int64_t kManyTokens = 8;
 // Below this many multiply-adds waking a thread costs more than it brings.
 constexpr int64_t kSerialWork = 1 << 16;
-
-inline void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
 
 struct Item {
   int64_t segment;
@@ -86,7 +80,12 @@ bool lora_delta(const LoraJob& job, int isa, int threads) {
   }
   const ShrinkItems shrinks(job);
   const int64_t first_expand = shrinks.count();
-  const int64_t items = first_expand + quotient_up(job.out, kItemOutputs);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < job.count; ++i)
+    longest = std::max(longest, job.segments[i].end - job.segments[i].start);
+  const int64_t share = quotient_up(job.out, 2 * threads * kItemOutputs) * kItemOutputs;
+  const int64_t outputs = longest < kManyTokens ? share : kItemOutputs;
+  const int64_t items = first_expand + quotient_up(job.out, outputs);
   if (floats * (job.in + job.out) < kSerialWork) threads = 1;
   std::atomic<int64_t> shrunk{0};
   // Items are handed out in order, so whoever waits below waits for threads that are at work.
@@ -98,12 +97,13 @@ bool lora_delta(const LoraJob& job, int isa, int threads) {
       shrunk.fetch_add(1);
       return;
     }
-    while (shrunk.load() < first_expand) pause();
-    const int64_t output = (number - first_expand) * kItemOutputs;
+    while (shrunk.load() < first_expand) {
+    }
+    const int64_t output = (number - first_expand) * outputs;
     for (int64_t i = 0; i < job.count; ++i)
       if (job.segments[i].rank > 0)
         kernels.expand(job, job.segments[i], projected.data() + offsets[i], output,
-                       least(output + kItemOutputs, job.out));
+                       least(output + outputs, job.out));
   });
   return true;
 }
@@ -114,9 +114,9 @@ bool lora_delta(const LoraJob& job, int isa, int threads) {
 extern "C" {
 
 // y += ... for `count` runs {token start, token end, rank row start, rank row end} over pools of
-// rank rows. Returns 0, 1 where `isa` does not run here, or 2 where memory is short.
+// rank rows of `type`. Returns 0, 1 where `isa` does not run here, or 2 where memory is short.
 int manylora_lora_delta(float* y, int64_t y_stride, const float* x, int64_t x_stride,
-                        const float* a, const float* b, int64_t in, int64_t out,
+                        const void* a, const void* b, int64_t type, int64_t in, int64_t out,
                         const int32_t* runs, const float* weights, int64_t count, int isa,
                         int threads) {
   if (!manylora::runs(isa)) return 1;
@@ -127,11 +127,8 @@ int manylora_lora_delta(float* y, int64_t y_stride, const float* x, int64_t x_st
     segments = static_cast<manylora::LoraSegment*>(std::malloc(count * sizeof *segments));
     if (segments == nullptr) return 2;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t* run = runs + 4 * i;
-    segments[i] = {run[0],         run[1],           run[3] - run[2], manylora::kFactorFloat,
-                   a + run[2] * in, b + run[2] * out, weights[i]};
-  }
+  for (int64_t i = 0; i < count; ++i)
+    segments[i] = manylora::lora_segment(runs + 4 * i, weights[i], type, a, b, in, out);
   const manylora::LoraJob job{segments, count, x, y, in, out, x_stride, y_stride};
   const bool done = manylora::lora_delta(job, isa, threads < 1 ? 1 : threads);
   if (segments != some) std::free(segments);

@@ -11,6 +11,8 @@ V load_first(const T* p, int64_t count) {
   return load(values);
 }
 
+constexpr int64_t kShortRow = 2048;
+
 // ---- shrink --------------------------------------------------------------------------------
 
 template <int kTokens, int kRanks, typename T>
@@ -19,6 +21,7 @@ void dots(const LoraJob& job, const float* x, const T* a, float weight, float* o
   V total[kTokens][kRanks];
   for (auto& of_token : total)
     for (V& value : of_token) value = zero();
+  const bool ahead = kTokens == 1 && job.in <= kShortRow;
   int64_t i = 0;
   for (; i + kLanes <= job.in; i += kLanes) {
     V from[kTokens];
@@ -27,6 +30,8 @@ void dots(const LoraJob& job, const float* x, const T* a, float weight, float* o
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
       const V row = load(a + r * job.in + i);
+      // Of the ranks that follow: short rows end before the processor has seen the pattern.
+      if (ahead) __builtin_prefetch(a + (kRanks + r) * job.in + i);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) total[t][r] = fma(from[t], row, total[t][r]);
     }
@@ -75,11 +80,12 @@ void shrink(const LoraJob& job, const LoraSegment& segment, int64_t begin, int64
 
 // ---- expand --------------------------------------------------------------------------------
 
+// All ranks for a tile of outputs that stays in registers: for many tokens.
 template <int kTokens, int kVectors, typename T>
 void sums(const LoraJob& job, const float* p, int64_t rank, const T* b, float* y) {
   V total[kTokens][kVectors];
-  for (auto& of_token : total)
-    for (V& value : of_token) value = zero();
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) total[t][v] = load(y + t * job.y_stride + v * kLanes);
   for (int64_t r = 0; r < rank; ++r) {
     V row[kVectors];
 #pragma GCC unroll 8
@@ -92,21 +98,19 @@ void sums(const LoraJob& job, const float* p, int64_t rank, const T* b, float* y
     }
   }
   for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) {
-      float* at = y + t * job.y_stride + v * kLanes;
-      store(at, add(load(at), total[t][v]));
-    }
+    for (int v = 0; v < kVectors; ++v) store(y + t * job.y_stride + v * kLanes, total[t][v]);
 }
 
+// The last outputs, fewer than a vector.
 template <typename T>
 void sums_of_rest(const LoraJob& job, const float* p, int64_t rank, const T* b, float* y,
                   int64_t count) {
-  V total = zero();
+  V total = load_first(y, count);
   for (int64_t r = 0; r < rank; ++r)
     total = fma(broadcast(p[r]), load_first(b + r * job.out, count), total);
   float values[kLanes];
   store(values, total);
-  for (int64_t o = 0; o < count; ++o) y[o] += values[o];
+  for (int64_t o = 0; o < count; ++o) y[o] = values[o];
 }
 
 template <int kTokens, typename T>
@@ -121,9 +125,56 @@ void sums_of_outputs(const LoraJob& job, const float* p, int64_t rank, const T* 
       sums_of_rest(job, p + t * rank, rank, b + o, y + t * job.y_stride + o, last - o);
 }
 
+// A few ranks at a time over all outputs, y in the cache: for few tokens, whose time is that of
+// reading B, which this does in long runs.
+template <int kRanks, typename T>
+void add_ranks(const float* p, const T* b, int64_t stride, float* y, int64_t count) {
+  int64_t o = 0;
+  for (; o + kLanes <= count; o += kLanes) {
+    V total = load(y + o);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRanks; ++r) {
+      __builtin_prefetch(b + (kRanks + r) * stride + o);
+      total = fma(broadcast(p[r]), load(b + r * stride + o), total);
+    }
+    store(y + o, total);
+  }
+  if (o == count) return;
+  V total = load_first(y + o, count - o);
+  for (int r = 0; r < kRanks; ++r)
+    total = fma(broadcast(p[r]), load_first(b + r * stride + o, count - o), total);
+  float values[kLanes];
+  store(values, total);
+  for (int64_t i = 0; i + o < count; ++i) y[o + i] = values[i];
+}
+
+template <typename T>
+void expand_few(const LoraJob& job, const LoraSegment& segment, const float* projected,
+                int64_t first, int64_t last) {
+  constexpr int kRanks = 4;
+  const T* b = static_cast<const T*>(segment.b) + first;
+  const int64_t rank = segment.rank;
+  const auto each = [&](int64_t r, const auto& add) {
+    const float* p = projected + r;
+    for (int64_t token = segment.start; token < segment.end; ++token, p += rank)
+      add(p, b + r * job.out, job.y + token * job.y_stride + first);
+  };
+  int64_t r = 0;
+  for (; r + kRanks <= rank; r += kRanks)
+    each(r, [&](const float* p, const T* rows, float* y) {
+      add_ranks<kRanks>(p, rows, job.out, y, last - first);
+    });
+  for (; r < rank; ++r)
+    each(r, [&](const float* p, const T* rows, float* y) {
+      add_ranks<1>(p, rows, job.out, y, last - first);
+    });
+}
+
 template <typename T>
 void expand_typed(const LoraJob& job, const LoraSegment& segment, const float* projected,
                   int64_t first, int64_t last) {
+  if (segment.end - segment.start < kExpandTokens)
+    return expand_few<T>(job, segment, projected, first, last);
   const T* b = static_cast<const T*>(segment.b);
   int64_t token = segment.start;
   for (; token + kExpandTokens <= segment.end; token += kExpandTokens)

@@ -189,23 +189,20 @@ void mean(const Bound& at, const Step& step, const ElementKernels& kernels) {
 
 bool lora(const Instruction& from, const Bound& at, const Step& step) {
   const Hook& hook = step.hooks[from.hook];
-  if (hook.lora < 0) return true;
-  const LoraRuns& runs = step.lora[hook.lora];
   const int64_t in = from.size[1].constant;
   const int64_t out = from.size[2].constant;
-  std::vector<LoraSegment> segments(runs.count);
-  for (int64_t i = 0; i < runs.count; ++i) {
-    const int32_t* run = runs.runs + 4 * i;
-    segments[i] = {run[0],
-                   run[1],
-                   run[3] - run[2],
-                   kFactorFloat,
-                   hook.a + run[2] * in,
-                   hook.b + run[2] * out,
-                   runs.weights[i]};
+  std::vector<LoraSegment> segments;
+  for (int64_t type = 0; type < kHookPools; ++type) {
+    const HookPool& pool = hook.pools[type];
+    if (pool.runs < 0) continue;
+    const LoraRuns& runs = step.lora[pool.runs];
+    for (int64_t i = 0; i < runs.count; ++i)
+      segments.push_back(
+          lora_segment(runs.runs + 4 * i, runs.weights[i], type, pool.a, pool.b, in, out));
   }
-  return lora_delta({segments.data(), runs.count, at.a.in(step), at.out.in(step), in, out,
-                     at.a_stride[0], at.out_stride[0]},
+  if (segments.empty()) return true;
+  return lora_delta({segments.data(), static_cast<int64_t>(segments.size()), at.a.in(step),
+                     at.out.in(step), in, out, at.a_stride[0], at.out_stride[0]},
                     static_cast<int>(step.isa), static_cast<int>(step.threads));
 }
 

@@ -98,13 +98,20 @@ struct RescaleRuns {
   int64_t count;
 };
 
-// What the adapters do to one module in this step.
+// Rank rows of one type of factors.
+struct HookPool {
+  const void* a;  // [rank rows][in]
+  const void* b;  // [rank rows][out]
+  int64_t runs;   // index of its LoraRuns, -1: none
+};
+
+constexpr int64_t kHookPools = 3;
+
+// What the adapters do to one module in this step. Pools are numbered as FactorType.
 struct Hook {
-  const float* a;      // [rank rows][in]
-  const float* b;      // [rank rows][out]
+  HookPool pools[kHookPools];
   const float* scale;  // [rows][out]
   const float* shift;  // [rows][out]
-  int64_t lora;        // index of its LoraRuns, -1: none
   int64_t rescale;     // index of its RescaleRuns, -1: none
 };
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from manylora_kernels import RankExtent, SegmentMap
+from manylora_kernels.native.lora import FACTOR_TYPES
 from manylora_kernels.native.program import Hook, LoraRuns, RescaleRuns
 from manylora_server.model.adapted import AdaptedLinear, AdaptedModule
 from manylora_server.model.modules import AdaptedModules
@@ -96,7 +97,9 @@ class HookTable:
 
     def _clear(self) -> None:
         for hook in self._hooks:
-            hook.lora = hook.rescale = -1
+            hook.rescale = -1
+            for pool in hook.pools:
+                pool.runs = -1
 
     def _read(self, adapters: AdaptedModules | None) -> None:
         """Read all modules' pools anew."""
@@ -121,9 +124,11 @@ class HookTable:
                 continue
             hook = self._hooks[index]
             head = place.is_output_head
-            if module.ranks.extents:
-                hook.a, hook.b = module.ranks.a.data_ptr(), module.ranks.b.data_ptr()
-                hook.lora = number_of(head, module.ranks.extents, {})
+            for ranks in module.rank_pools:
+                if ranks.extents:
+                    pool = hook.pools[FACTOR_TYPES.index(ranks.a.dtype)]
+                    pool.a, pool.b = ranks.a.data_ptr(), ranks.b.data_ptr()
+                    pool.runs = number_of(head, ranks.extents, {})
             if module.affine.rows:
                 hook.scale = module.affine.scale.data_ptr()
                 hook.shift = module.affine.shift.data_ptr()
