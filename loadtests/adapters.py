@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=Lengths.parse)
     parser.add_argument("--output-tokens", type=Lengths.parse)
+    parser.add_argument("--quantization", choices=("none", "nf4"), default="none")
     parser.add_argument("--zipf-exponent", type=float, default=1.0)
     parser.add_argument("--cache", type=Path, default=_RESULTS / "cache")
     options = parser.parse_args()
@@ -74,9 +75,10 @@ async def _swap_cliff(options: argparse.Namespace) -> dict[str, Any]:
         return _requests(options, shape, names, "distinct", Lengths(64, 64), repetition)
 
     few, many = f"{slots} slots", f"{count} slots"
-    async with serving(model, home, ["--adapter-slots", str(count)], _log("many")) as wide:
+    base = ["--quantization", options.quantization, "--adapter-slots"]
+    async with serving(model, home, [*base, str(count)], _log("many")) as wide:
         await register(wide, adapters)
-        async with serving(model, home, ["--adapter-slots", str(slots)], _log("few")) as narrow:
+        async with serving(model, home, [*base, str(slots)], _log("few")) as narrow:
 
             async def run_few(repetition: int) -> Run:
                 return await run_load(narrow, requests(repetition), options.clients)
@@ -91,7 +93,7 @@ async def _swap_cliff(options: argparse.Namespace) -> dict[str, Any]:
 async def _registered(options: argparse.Namespace) -> dict[str, Any]:
     shape = options.shape or "14m"
     count = options.adapters or 2000
-    slots = ["--adapter-slots", str(options.slots or 16)]
+    slots = ["--quantization", options.quantization, "--adapter-slots", str(options.slots or 16)]
     model = ensure_model(SHAPES[shape], options.cache)
     adapters = ensure_adapters(model, count, (options.rank or 4,))
     names = [adapter.name for adapter in adapters]

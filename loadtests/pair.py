@@ -45,7 +45,7 @@ async def serving(
     model: Path, home: Path, arguments: Sequence[str], log: Path
 ) -> AsyncIterator[Server]:
     """Run a server over ``model`` with the adapters that ``home`` holds."""
-    command = [str(model), "--quantization", "none", "--home", str(home), *arguments]
+    command = [str(model), "--home", str(home), *arguments]
     start = time.perf_counter()
     async with (
         running_server(command, {"HF_HUB_OFFLINE": "1"}, log, _START_S) as url,

@@ -70,7 +70,9 @@ def build(
         home=home,
         adapters=tuple((name, str(path)) for name, path in (adapters or {}).items()),
     )
-    return build_engine(config, NullObserver())
+    engine = build_engine(config, NullObserver())
+    engine.prepare()
+    return engine
 
 
 def publish_unchecked(home: Path, base: Path, name: str, folder: Path) -> None:

@@ -53,8 +53,10 @@ class AsyncEngine:
         model_name: str,
         limits: EngineLimits,
         thread: EngineThread | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.adapters = adapters
+        self._prepare = prepare or _nothing
         self.tokenizer = tokenizer
         self.model_name = model_name
         self.created = int(time.time())
@@ -164,8 +166,21 @@ class AsyncEngine:
         return future
 
     def warm_up(self) -> None:
-        """Get ready, in the background, for the first adapter."""
-        self._engine.residency.host.start()
+        """Get ready, in the background, for fast steps and for the first adapter."""
+
+        def work() -> None:
+            self.prepare()
+            self._engine.residency.host.start()
+
+        self._inbox.put(work)
+
+    def prepare(self) -> None:
+        """Do, once, what makes steps faster but is not needed for them. In the thread of steps."""
+        prepare, self._prepare = self._prepare, _nothing
+        try:
+            prepare()
+        except Exception:
+            logger.exception("steps could not be made faster")
 
     def wake(self) -> None:
         """Let the thread look again at what it waits for."""

@@ -163,7 +163,6 @@ def assemble(
         runner.graphs = DecodeGraphs(
             loaded.model, cache, lambda: modules.wrapped, loaded.dtype, loaded.device
         )
-    attach_program(runner, loaded, tested, modules)
     engine = Engine(
         runner=runner,
         blocks=blocks,
@@ -190,7 +189,16 @@ def assemble(
         config.adapter_slots,
         host_bytes // 1024**2,
     )
-    return AsyncEngine(engine, catalog, intake, tokenizer, name, limits, thread)
+    return AsyncEngine(
+        engine,
+        catalog,
+        intake,
+        tokenizer,
+        name,
+        limits,
+        thread,
+        prepare=lambda: attach_program(runner, loaded, tested, modules),
+    )
 
 
 def select_compiled_backends(device: torch.device, cpu_math: CpuMath = "float32") -> None:

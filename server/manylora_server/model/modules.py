@@ -81,6 +81,11 @@ class AdaptedModules:
         """Return the module called ``name`` if an adapter has touched it."""
         return self._wrapped.get(name)
 
+    def original(self, name: str) -> nn.Module:
+        """Return the base's own module called ``name``, wrapped or not."""
+        wrapped = self._wrapped.get(name)
+        return self._model.get_submodule(name) if wrapped is None else wrapped.base
+
     def module(self, name: str) -> AdaptedModule:
         """Return the module called ``name``, wrapped now if it was not, to be changed."""
         self.version += 1

@@ -90,12 +90,12 @@ class ModelRunner:
         back = sorted(range(len(sampled)), key=lambda row: sampled[row])
         return rows[torch.tensor(back, device=self._device)]
 
-    def record(self, modules: dict[str, nn.Module], head: str | None) -> None:
-        """Replay the model's pass from now on; ``NotRecordableError`` where that cannot be.
+    def record(self, modules: dict[str, nn.Module], head: str | None) -> StepProgram:
+        """Return the model's pass as a program; ``NotRecordableError`` where that cannot be.
 
-        Before any module is wrapped. See ``program.record_program`` for the arguments.
+        See ``program.record_program`` for the arguments.
         """
-        self.program = record_program(self.model, self._forward, modules, head)
+        return record_program(self.model, self._forward, modules, head)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor

@@ -19,7 +19,7 @@ namespace {
 // Elements that one thread should have, at least, before another is woken.
 constexpr int64_t kShare = 1 << 14;
 // Numbers of tokens and outputs whose addresses are remembered.
-constexpr size_t kRemembered = 64;
+constexpr size_t kRemembered = 256;
 
 // An operand's place for one number of tokens: `slot` in the arena, or an address.
 struct Located {

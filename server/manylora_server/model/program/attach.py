@@ -11,6 +11,7 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.batch import Chunk
 from manylora_server.model.loader import LoadedModel
 from manylora_server.model.modules import AdaptedModules
+from manylora_server.model.program.program import StepProgram
 from manylora_server.model.program.recorder import NotRecordableError
 from manylora_server.model.runner import ModelRunner
 from manylora_server.model.self_test import SelfTestResult
@@ -25,46 +26,43 @@ _BLOCK_TOKENS = 4
 def attach_program(
     runner: ModelRunner, loaded: LoadedModel, tested: SelfTestResult, adapters: AdaptedModules
 ) -> None:
-    """Record ``runner``'s pass and use the recording, or log why not.
-
-    Before any module is wrapped.
-    """
+    """Record ``runner``'s pass and use the recording, or log why not."""
     if loaded.device.type != "cpu" or loaded.dtype is not torch.float32 or native.missing:
         return
     if selected_backend("lora_delta_") != native.NATIVE:
         return
     specs = loaded.layout.modules
     modules = {
-        name: loaded.model.get_submodule(name)
+        name: adapters.original(name)
         for name, spec in specs.items()
         if spec.kind in AdaptedModules.KINDS
     }
     heads = [name for name, spec in specs.items() if spec.is_output_head]
     try:
-        runner.record(modules, heads[0] if heads else None)
+        program = runner.record(modules, heads[0] if heads else None)
     except NotRecordableError as error:
         logger.info("steps run transformers' own code, which cannot be replayed: %s", error)
         return
-    program = runner.program
-    assert program is not None
     small = KVCache(tested.shapes, 6, _BLOCK_TOKENS, loaded.dtype, loaded.device)
     own, runner.cache = runner.cache, small
-    difference = _difference(runner, loaded.vocab_size)
-    runner.cache = own
+    try:
+        difference = _difference(runner, program, loaded.vocab_size)
+    finally:
+        runner.cache = own
     if not difference <= _TOLERANCE:
-        runner.program = None
         logger.warning(
             "steps run transformers' own code: replayed, its logits differ by %.1e", difference
         )
         return
     program.adapters = adapters
+    runner.program = program
     logger.info(
         "steps are replayed natively; %d operators of each are left to torch",
         len(program.foreign_calls),
     )
 
 
-def _difference(runner: ModelRunner, vocab_size: int) -> float:
+def _difference(runner: ModelRunner, program: StepProgram, vocab_size: int) -> float:
     """Return the largest difference between replayed and original logits, over their range."""
     tokens = torch.randint(vocab_size, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     steps = (
@@ -72,13 +70,14 @@ def _difference(runner: ModelRunner, vocab_size: int) -> float:
         [Chunk(tokens[7:8], 7, [1, 2], None, True)],
         [Chunk(tokens[8:], 8, [1, 2, 3], None, False), Chunk(tokens[1:3], 1, [4], None, True)],
     )
-    program = runner.program
     worst = 0.0
     for step in steps:
-        replayed = runner.logits(step).clone()
-        runner.program = None
-        original = runner.logits(step)
         runner.program = program
+        try:
+            replayed = runner.logits(step).clone()
+        finally:
+            runner.program = None
+        original = runner.logits(step)
         scale = original.abs().max().clamp_min(1e-6)
         worst = max(worst, float((replayed - original).abs().max() / scale))
     return worst

@@ -23,7 +23,7 @@ from manylora_server.model.context import ForwardContext, forward_context
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.program.affine import SAMPLES
 from manylora_server.model.program.arena import ArenaPlan, plan_arena
-from manylora_server.model.program.foreign import BoundCall, bind_call
+from manylora_server.model.program.foreign import BoundCall, View, bind_call
 from manylora_server.model.program.hooks import HookPlace, HookTable
 from manylora_server.model.program.lowering import Lowering
 from manylora_server.model.program.operands import NotNativeError
@@ -39,7 +39,7 @@ from manylora_server.model.program.symbolic import (
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Step sizes whose memory is laid out and kept; each takes a view for every tensor torch touches.
-_REMEMBERED = 64
+_REMEMBERED = 256
 
 
 @dataclass(slots=True)
@@ -47,10 +47,10 @@ class _Layout:
     """The program's memory for one step size."""
 
     slots: Any
+    view: View
     views: dict[str, torch.Tensor]
     calls: dict[int, BoundCall]
     attention: dict[int, tuple[tuple[torch.Tensor, ...], torch.Tensor]]
-    hooks: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class StepProgram:
@@ -162,7 +162,8 @@ class StepProgram:
     ) -> int:
         """Let torch apply the patches of one module; return the next instruction."""
         place = self._places[hook]
-        x, y = layout.hooks[hook]
+        event = self._hook_events[hook]
+        x, y = layout.view(event.args[0]), layout.view(event.outs[0])
         rows = output_segments if place.is_output_head else segments
         if rows.segments:
             with forward_context(ForwardContext(attention, segments, output_segments)):
@@ -226,11 +227,7 @@ class StepProgram:
                 attention[stop] = (tuple(map(view, event.args)), view(event.outs[0]))
             else:
                 calls[stop] = bind_call(event, tokens, outputs, view)
-        hooks = {
-            number: (view(event.args[0]), view(event.outs[0]))
-            for number, event in enumerate(self._hook_events)
-        }
-        return _Layout(slots, views, calls, attention, hooks)
+        return _Layout(slots, view, views, calls, attention)
 
     def _bytes_from(self, start: int) -> int:
         return (self._arena.numel() - start) // 8 * 8
