@@ -40,6 +40,8 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     positions: int
+    # As most checkpoints have them; the adapters' factors then fit 16 bits as well.
+    sixteen_bits: bool = False
 
     @property
     def parameters(self) -> int:
@@ -55,6 +57,9 @@ SHAPES = {
     "tiny": ModelShape(64, 2, 4, 2, 128, 512, 512),
     "14m": ModelShape(384, 4, 6, 2, 1024, 16_000, 1024),
     "100m": ModelShape(768, 12, 12, 4, 2048, 32_000, 1024),
+    # The one that llama.cpp's figures are of, and a Qwen 2 of half a billion.
+    "303m": ModelShape(1024, 24, 16, 4, 2816, 32_000, 4096, sixteen_bits=True),
+    "500m": ModelShape(896, 24, 14, 2, 4864, 151_936, 4096, sixteen_bits=True),
 }
 
 
@@ -69,7 +74,8 @@ class AdapterFolder:
 
 def ensure_model(shape: ModelShape, cache: Path) -> Path:
     """Return the folder of the model of ``shape``, made first if the cache has none."""
-    key = hashlib.sha256(json.dumps([_RECIPE, asdict(shape)]).encode()).hexdigest()[:12]
+    sizes = {name: value for name, value in asdict(shape).items() if value is not False}
+    key = hashlib.sha256(json.dumps([_RECIPE, sizes]).encode()).hexdigest()[:12]
     return _made_once(cache / key / "model", lambda folder: _make_model(shape, folder))
 
 
@@ -83,6 +89,7 @@ def ensure_adapters(model: Path, count: int, ranks: Sequence[int]) -> list[Adapt
     missing = [adapter for adapter in adapters if not adapter.folder.exists()]
     for rank in sorted({adapter.rank for adapter in missing}):
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        stored = json.loads((model / "config.json").read_text()).get("dtype")
         settings = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
@@ -90,7 +97,7 @@ def ensure_adapters(model: Path, count: int, ranks: Sequence[int]) -> list[Adapt
         for adapter in missing:
             if adapter.rank == rank:
                 seed = int(adapter.folder.name.rpartition("seed")[2])
-                _randomize_adapter(peft_model, rank, seed)
+                _randomize_adapter(peft_model, rank, seed, stored == "bfloat16")
                 _made_once(adapter.folder, lambda folder: _save_adapter(peft_model, folder))  # noqa: B023 - called at once
     return adapters
 
@@ -117,11 +124,13 @@ def _make_model(shape: ModelShape, folder: Path) -> None:
                 parameter.copy_(1 + 0.1 * noise)
             else:
                 parameter.copy_(noise * _WEIGHT_GAIN / parameter.shape[-1] ** 0.5)
+    if shape.sixteen_bits:
+        model = model.bfloat16()
     model.save_pretrained(folder)
     build_tokenizer(shape.vocabulary).save_pretrained(folder)
 
 
-def _randomize_adapter(model: PeftModel, rank: int, seed: int) -> None:
+def _randomize_adapter(model: PeftModel, rank: int, seed: int, sixteen_bits: bool) -> None:
     """Give A and B signed, non-zero values such that scaling·BA is a fixed share of W."""
     generator = torch.Generator().manual_seed(seed)
     scaling = 2.0
@@ -134,7 +143,8 @@ def _randomize_adapter(model: PeftModel, rank: int, seed: int) -> None:
                 size = b_size
             else:
                 continue
-            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+            values = size * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values.bfloat16() if sixteen_bits else values)
 
 
 def _save_adapter(model: Any, folder: Path) -> None:

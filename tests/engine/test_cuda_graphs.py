@@ -141,7 +141,7 @@ def outputs_of(served: dict[str, Any], names: list[str]) -> tuple[list[list[int]
 def test_replays_give_what_the_steps_give(served: dict[str, Any]) -> None:
     names = ["wide", "dora"]
     expected, logits = outputs_of(served, names)
-    served["runner"]._graphs = served["graphs"]
+    served["runner"].graphs = served["graphs"]
     tokens, got = outputs_of(served, names)
     assert tokens == expected
     torch.testing.assert_close(got, logits, atol=1e-5, rtol=0)
@@ -155,7 +155,7 @@ def test_replays_give_what_the_steps_give(served: dict[str, Any]) -> None:
 
 @requires_triton
 def test_loads_that_move_memory_drop_the_graphs(served: dict[str, Any]) -> None:
-    served["runner"]._graphs = served["graphs"]
+    served["runner"].graphs = served["graphs"]
     names = ["small"]
     expected, _ = outputs_of(served, names)
     assert len(served["captured"]) == 1
@@ -170,7 +170,7 @@ def test_loads_that_move_memory_drop_the_graphs(served: dict[str, Any]) -> None:
 @requires_triton
 def test_what_a_graph_cannot_do_runs_without_one(served: dict[str, Any]) -> None:
     expected, _ = outputs_of(served, ["embedding"])
-    served["runner"]._graphs = served["graphs"]
+    served["runner"].graphs = served["graphs"]
     assert outputs_of(served, ["embedding"])[0] == expected
     assert served["captured"] == []
 
@@ -191,7 +191,7 @@ def test_a_capture_that_fails_costs_speed_only(
         return graph
 
     graphs._capture = capture
-    served["runner"]._graphs = graphs
+    served["runner"].graphs = graphs
     assert outputs_of(served, ["small"])[0] == expected
     assert graphs.given_up
     assert graphs.buckets == ()

@@ -104,6 +104,18 @@ def compare(runner: ModelRunner) -> None:
             assert error < 2e-6, (len(chunks), error)
 
 
+def test_a_token_s_bits_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    runner = runner_of("llama", "nf4", tmp_path, torch.bfloat16)
+    assert runner.program is not None
+    (chunk,) = step(1, seed=3)
+    alone = runner.logits([chunk]).clone()
+    for others in [(1,), (1,) * 7, (60,), (9, 1, 33)]:
+        company = step(*others, seed=4)
+        moved = Chunk(chunk.token_ids, 0, [40], None, True)
+        got = runner.logits([*company, moved])[-1]
+        assert torch.equal(got, alone[0]), others
+
+
 def test_a_step_without_outputs_fills_the_cache(tmp_path: Path) -> None:
     runner = runner_of("llama", "nf4", tmp_path)
     assert runner.program is not None

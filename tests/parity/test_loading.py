@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -13,11 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from manylora_server.core.config import ModelConfig
 from manylora_server.core.errors import StartupError
 from manylora_server.model import loader, quantized_cache
+from manylora_server.model.attention import PagedAttention
 from manylora_server.model.experts import NF4Experts
 from manylora_server.model.nf4_linear import NF4Linear
 from manylora_server.model.self_test import run_self_test
 from support.adapters import lora, save_adapter
-from support.models import save_model
+from support.models import VOCAB, build_model, save_model
 from support.oracle import Oracle, greedy
 from support.serving import build, inner, request, run, tokens_of
 
@@ -161,3 +163,18 @@ def test_a_missing_folder(model: str) -> None:
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"config\.json"):
         loader.resolve_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [1.5, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_our_attention_gets_wrong_is_refused(
+    damage: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = PagedAttention.__call__
+
+    def damaged(self: PagedAttention, *args: Any) -> torch.Tensor:
+        return attend(self, *args) * damage
+
+    monkeypatch.setattr(PagedAttention, "__call__", damaged)
+    with pytest.raises(StartupError, match="would be served wrongly"):
+        run_self_test(build_model("llama").to(dtype), VOCAB, dtype, torch.device("cpu"))

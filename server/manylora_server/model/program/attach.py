@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
@@ -79,5 +80,6 @@ def _difference(runner: ModelRunner, program: StepProgram, vocab_size: int) -> f
             runner.program = None
         original = runner.logits(step)
         scale = original.abs().max().clamp_min(1e-6)
-        worst = max(worst, float((replayed - original).abs().max() / scale))
+        difference = float((replayed - original).abs().max() / scale)
+        worst = max(worst, difference if math.isfinite(difference) else math.inf)
     return worst
