@@ -104,7 +104,8 @@ class AsyncEngine:
             return len(self._streams)
 
     def start(self) -> None:
-        """Start stepping and accepting requests."""
+        """Start stepping and accepting requests, after ``prepare``."""
+        self._inbox.put(self.prepare)
         self._thread.finish_with(self._run)
         self._started = self._accepting = True
 
@@ -166,13 +167,8 @@ class AsyncEngine:
         return future
 
     def warm_up(self) -> None:
-        """Get ready, in the background, for fast steps and for the first adapter."""
-
-        def work() -> None:
-            self.prepare()
-            self._engine.residency.host.start()
-
-        self._inbox.put(work)
+        """Get ready, in the background, for the first adapter."""
+        self._engine.residency.host.start()
 
     def prepare(self) -> None:
         """Do, once, what makes steps faster but is not needed for them. In the thread of steps."""

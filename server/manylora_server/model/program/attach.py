@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from manylora_kernels import native, selected_backend
+from manylora_kernels import native, nf4_linear_in_float, selected_backend
 from manylora_server.model.attention import KVCache
 from manylora_server.model.batch import Chunk
 from manylora_server.model.loader import LoadedModel
@@ -19,8 +19,8 @@ from manylora_server.model.self_test import SelfTestResult
 
 logger = logging.getLogger(__name__)
 
-# Of the logits' range, for float32.
-_TOLERANCE = 1e-4
+# Of the logits' range, as in the self-test: deep random models show rounding at 1e-4.
+_TOLERANCE = 1e-3
 _BLOCK_TOKENS = 4
 
 
@@ -47,7 +47,8 @@ def attach_program(
     small = KVCache(tested.shapes, 6, _BLOCK_TOKENS, loaded.dtype, loaded.device)
     own, runner.cache = runner.cache, small
     try:
-        difference = _difference(runner, program, loaded.vocab_size)
+        with nf4_linear_in_float():  # which finds what rounding to eight bits would hide
+            difference = _difference(runner, program, loaded.vocab_size)
     finally:
         runner.cache = own
     if not difference <= _TOLERANCE:
@@ -58,8 +59,9 @@ def attach_program(
     program.adapters = adapters
     runner.program = program
     logger.info(
-        "steps are replayed natively; %d operators of each are left to torch",
+        "steps are replayed natively, %d operators of each by torch; logits differ by %.1e",
         len(program.foreign_calls),
+        difference,
     )
 
 
