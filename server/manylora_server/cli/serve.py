@@ -160,8 +160,7 @@ def serve_engine(
         count = len(engine.adapters.served())
         plural = "adapter" if count == 1 else "adapters"
         announce(f"serving {engine.model_name} with {count} {plural} on {address}", log_format)
-        if count:
-            engine.warm_up()
+        engine.warm_up()
 
     app = create_app(engine, config.http, metrics, engine.adapter_service)
     if not run_server(app, engine, config.http, listener, on_ready):

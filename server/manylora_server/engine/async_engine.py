@@ -104,8 +104,7 @@ class AsyncEngine:
             return len(self._streams)
 
     def start(self) -> None:
-        """Start stepping and accepting requests, after ``prepare``."""
-        self._inbox.put(self.prepare)
+        """Start stepping and accepting requests."""
         self._thread.finish_with(self._run)
         self._started = self._accepting = True
 
@@ -167,8 +166,17 @@ class AsyncEngine:
         return future
 
     def warm_up(self) -> None:
-        """Get ready, in the background, for the first adapter."""
-        self._engine.residency.host.start()
+        """Get ready, in the background: ``prepare``, then for the first adapter if there are any.
+
+        Once requests can be answered, since it competes with whatever is to be done before.
+        """
+
+        def work() -> None:
+            self.prepare()
+            if self.adapters.served():
+                self._engine.residency.host.start()
+
+        self._inbox.put(work)
 
     def prepare(self) -> None:
         """Do, once, what makes steps faster but is not needed for them. In the thread of steps."""
