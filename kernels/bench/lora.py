@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from timing import read_bandwidth, seconds
+from timing import ROTATED_BYTES, read_bandwidth, seconds
 
 from manylora_kernels import (
     RankExtent,
@@ -37,7 +37,6 @@ BATCHES = {
     "72 over 8, one prefill": ([64, 1, 1, 1, 1, 1, 1, 2], [16]),
     "512 over 4, uneven, rank 16": ([200, 7, 300, 5], [16]),
 }
-ROTATED_BYTES = 64 * 1024**2
 
 
 def batch(lengths: list[int], ranks: list[int]) -> tuple[RankSegments, int, int]:

@@ -13,44 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
+from timing import ROTATED_BYTES, read_bandwidth, seconds
 
 from manylora_kernels import NF4Weight, native, nf4_linear, prepare_nf4, select_backend
 
 BACKENDS = {"float32": native.NATIVE, "int8": native.NATIVE_INT8}
 SHAPES = [(4096, 4096), (11008, 4096), (2048, 768), (768, 2048)]
 TOKENS = [1, 4, 16, 128, 512]
-ROTATED_BYTES = 160 * 1024**2
-READ_FLOATS = 64 * 1024**2
-
-
-def seconds(call: Callable[[int], object], rounds: int) -> tuple[float, float]:
-    """Return the median and the best time of ``call(i)``, ``i`` counting up.
-
-    Over at least ``rounds`` calls and 0.2 s.
-    """
-    for index in range(2):
-        call(index)
-    times: list[float] = []
-    while len(times) < rounds or sum(times) < 0.2:
-        begin = time.perf_counter()
-        call(len(times))
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times), min(times)
-
-
-def read_bandwidth() -> float:
-    """Return bytes a second of summing an array far larger than any cache, with torch's threads."""
-    array = torch.ones(READ_FLOATS)
-    return array.numel() * 4 / seconds(lambda _: array.sum(), 9)[0]
 
 
 def quantized(shape: tuple[int, int]) -> NF4Weight:
