@@ -34,7 +34,8 @@ sanitize: $(VENV)/.installed-dev
 		-o build/sanitized.so $(NATIVE)/*.cpp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 MANYLORA_NATIVE_LIBRARY=$(CURDIR)/build/sanitized.so \
-		$(BIN)/python -m pytest $(wildcard tests/ops/test_native_*.py) $(PYTEST_FLAGS)
+		$(BIN)/python -m pytest $(wildcard tests/ops/test_native_*.py) \
+		tests/engine/test_program.py $(PYTEST_FLAGS)
 
 # Runs with $(PYTHON) as it is, installing nothing: a GPU machine brings its own torch. What it
 # lacks may lie in a folder named by PYTHONPATH. GPU_FLAGS='--only kernels,bench' runs a part.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from manylora_server.model.attention import KVCache, PagedAttention
 from manylora_server.model.batch import Chunk
 from manylora_server.model.context import ForwardContext, forward_context
 from manylora_server.model.cuda_graphs import DecodeGraphs
-from manylora_server.model.program.program import StepProgram, record_program
+
+if TYPE_CHECKING:
+    from manylora_server.model.program.program import StepProgram
 
 
 class ModelRunner:
@@ -95,6 +98,9 @@ class ModelRunner:
 
         See ``program.record_program`` for the arguments.
         """
+        # Programs need the native library, which may not be there.
+        from manylora_server.model.program.program import record_program
+
         return record_program(self.model, self._forward, modules, head)
 
     def _forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,10 +13,12 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.batch import Chunk
 from manylora_server.model.loader import LoadedModel
 from manylora_server.model.modules import AdaptedModules
-from manylora_server.model.program.program import StepProgram
 from manylora_server.model.program.recorder import NotRecordableError
 from manylora_server.model.runner import ModelRunner
 from manylora_server.model.self_test import SelfTestResult
+
+if TYPE_CHECKING:
+    from manylora_server.model.program.program import StepProgram
 
 logger = logging.getLogger(__name__)
 
