@@ -172,4 +172,4 @@ class Indifferent(nn.Module):
 def test_what_cannot_be_replayed_is_refused(deed: str) -> None:
     model = Indifferent(deed).requires_grad_(False)
     with pytest.raises(NotRecordableError):
-        record(model, lambda ids, positions, rows: model(ids, positions)[0, rows], {}, 23, 5)
+        record(lambda ids, positions, rows: model(ids, positions)[0, rows], {}, 23, 5)

@@ -87,10 +87,7 @@ def run_self_test(
         ]
         logits = runner.logits(chunks)
         for row, (index, _, end) in zip(logits, step, strict=True):
-            reference = expected[index][end - 1]
-            scale = reference.abs().max().clamp_min(1e-6)
-            difference = float((row - reference).abs().max() / scale)
-            errors.append(difference if math.isfinite(difference) else math.inf)
+            errors.append(relative_error(row, expected[index][end - 1]))
     # In 16 bits a router's near-tie may fall the other way for a token. What is wired wrongly is
     # wrong for all of them, so there the median decides.
     error = max(errors) if dtype == torch.float32 else median(errors)
@@ -102,6 +99,13 @@ def run_self_test(
             "would be served wrongly."
         )
     return SelfTestResult(probe.shapes, token_axes, error)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference over the range of ``expected``; infinity for NaN."""
+    scale = expected.abs().max().clamp_min(1e-6)
+    difference = float((got - expected).abs().max() / scale)
+    return difference if math.isfinite(difference) else math.inf
 
 
 def _probe(model: Any, probe: ShapeProbe, vocab_size: int, device: torch.device) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from manylora_server.model.loader import LoadedModel
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.program.recorder import NotRecordableError
 from manylora_server.model.runner import ModelRunner
-from manylora_server.model.self_test import SelfTestResult
+from manylora_server.model.self_test import SelfTestResult, relative_error
 
 if TYPE_CHECKING:
     from manylora_server.model.program.program import StepProgram
@@ -83,8 +82,5 @@ def _difference(runner: ModelRunner, program: StepProgram, vocab_size: int) -> f
             replayed = runner.logits(step).clone()
         finally:
             runner.program = None
-        original = runner.logits(step)
-        scale = original.abs().max().clamp_min(1e-6)
-        difference = float((replayed - original).abs().max() / scale)
-        worst = max(worst, difference if math.isfinite(difference) else math.inf)
+        worst = max(worst, relative_error(replayed, runner.logits(step)))
     return worst

@@ -6,8 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from manylora_kernels import RankExtent, SegmentMap
 from manylora_kernels.native.lora import FACTOR_TYPES
 from manylora_kernels.native.program import Hook, LoraRuns, RescaleRuns
@@ -148,17 +146,12 @@ class HookTable:
             entry.count = runs.segments.shape[0]
 
     def _set_rows(self, number: int, rows: SegmentMap, by_slot: dict[int, int]) -> None:
-        found = [
-            (segment.start, segment.end, by_slot[segment.slot])
-            for segment in rows.segments
-            if segment.slot in by_slot
-        ]
+        runs = rows.resolve_rows(by_slot)
         entry = self._rescale[number]
-        entry.count = len(found)
-        if found:
-            runs = torch.tensor(found, dtype=torch.int32)
+        entry.count = 0
+        if runs is not None:
             self._kept.append(runs)
-            entry.runs = runs.data_ptr()
+            entry.runs, entry.count = runs.data_ptr(), runs.shape[0]
 
 
 def _is_native(module: AdaptedModule, used: set[int]) -> bool:

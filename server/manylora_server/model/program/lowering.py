@@ -142,10 +142,10 @@ class Lowering:
         last = len(size) - 1
         if dims not in ([-1], [last]) or keep != [True] or event.kwargs.get("dtype") is not None:
             raise NotNativeError
+        if not isinstance(source, SymbolicRef) or source.stride[-1] != Affine(1):
+            raise NotNativeError
         result = self._elements(Code.MEAN, 0, out)
         result.a = operand(source, self._plan)
-        if source.stride[-1] != Affine(1) if isinstance(source, SymbolicRef) else True:
-            raise NotNativeError
         result.dims = last
         result.size[last] = affine(size[-1])
         return [result]

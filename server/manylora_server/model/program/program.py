@@ -56,10 +56,8 @@ class _Layout:
 class StepProgram:
     """See the module docstring. Not for use by two threads at once."""
 
-    def __init__(
-        self, recording: SymbolicRecording, head: str | None, adapters: AdaptedModules | None = None
-    ) -> None:
-        self.adapters = adapters
+    def __init__(self, recording: SymbolicRecording, head: str | None) -> None:
+        self.adapters: AdaptedModules | None = None
         self._recording = recording
         self._plan: ArenaPlan = plan_arena(recording)
         self._arena = torch.empty(0, dtype=torch.uint8)
@@ -244,7 +242,7 @@ def record_program(
     ``modules`` are those that adapters may change, by name; ``head`` is the output head's name.
     """
     with _no_padding_token(model):
-        recordings = [record(model, forward, modules, *sample) for sample in SAMPLES]
+        recordings = [record(forward, modules, *sample) for sample in SAMPLES]
     return StepProgram(unify(recordings), head)
 
 

@@ -199,13 +199,12 @@ class _Route:
 
 
 def record(
-    model: nn.Module,
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     modules: Mapping[str, nn.Module],
     tokens: int,
     outputs: int,
 ) -> Recording:
-    """Record ``forward(ids [1, T], positions [1, T], rows [n]) -> logits`` of ``model``.
+    """Record ``forward(ids [1, T], positions [1, T], rows [n]) -> logits``.
 
     ``modules``: those whose outputs adapters may change. Raises ``NotRecordableError``.
     """
