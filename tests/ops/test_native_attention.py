@@ -12,12 +12,11 @@ import torch
 
 from manylora_kernels import native, paged_attention, select_backend, store_kv_
 from support.attention import CASES, MIXED, Batch, Case, make, oracle
+from support.native import NAN, native_kernels
 
 if native.missing is not None:
     pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)
 
-NAN = math.nan
-OPERATIONS = ("paged_attention", "store_kv_")
 # Several tiles of 64 keys and parts of 512, and both sides of their ends.
 LONG = [(1100, 1), (513, 1), (512, 1), (64, 1), (65, 1), (600, 30), (1030, 9)]
 MORE = {
@@ -42,19 +41,8 @@ ALL = {**CASES, **MORE}
 @pytest.fixture(params=native.library.isas)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, with uninitialized memory full of NaN."""
-    library = native.library
-    before = library.isa
-    for operation in OPERATIONS:
-        select_backend(operation, native.NATIVE)
-    library.select_isa(request.param)
-    library.fill_scratch(NAN)
-    torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialized
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    library.fill_scratch(None)
-    library.select_isa(before)
-    for operation in OPERATIONS:
-        select_backend(operation, "reference")
+    with native_kernels(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from manylora_kernels import HalfWeight, half_embedding, half_linear, halve, native, select_backend
+from manylora_kernels import HalfWeight, half_embedding, half_linear, halve, native
 from manylora_kernels.half import narrow
+from support.native import NAN, native_kernels, random
 
 if native.missing is not None:
     pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)
 
-NAN = float("nan")
 DTYPES = [torch.bfloat16, torch.float16]
 # One panel and several with a rest; columns odd and even, on both sides of a segment of 256.
 SHAPES = [(1, 1), (5, 3), (16, 64), (33, 255), (70, 256), (100, 257), (130, 1025), (64, 514)]
@@ -24,25 +24,8 @@ TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25, 271]
 @pytest.fixture(params=native.library.isas)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, with uninitialized memory full of NaN."""
-    library = native.library
-    before = library.isa
-    select_backend("half_linear", native.NATIVE)
-    library.select_isa(request.param)
-    library.fill_scratch(NAN)
-    torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialized
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    library.fill_scratch(None)
-    library.select_isa(before)
-    select_backend("half_linear", "reference")
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Return random values in a view with NaN on all sides."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    whole = torch.full((values.numel() + 128,), NAN)
-    whole[64:-64] = values.flatten()
-    return whole[64:-64].view(shape)
+    with native_kernels(request.param):
+        yield request.param
 
 
 def weight(shape: tuple[int, int], dtype: torch.dtype) -> HalfWeight:

@@ -17,6 +17,7 @@ from manylora_kernels import (
     selected_backend,
 )
 from manylora_kernels.reference.int8 import REFERENCE_INT8, quantize_activations
+from support.native import NAN, native_kernels, surrounded
 from support.nf4 import quantize, unpack, unpacked
 
 if native.missing is not None:
@@ -24,7 +25,6 @@ if native.missing is not None:
 
 from manylora_kernels.native import int8
 
-NAN = float("nan")
 # Segments of 64, 32 and 8 columns, an odd and an even number of them, several panels.
 SHAPES = [(1, 64), (16, 128), (33, 192), (70, 576), (7, 96), (260, 96), (37, 72)]
 # Either side of what a tile of each instruction set holds, and of where AMX begins.
@@ -35,21 +35,15 @@ WAYS = [*native.library.isas, "amx"]
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, with uninitialized memory full of NaN."""
-    library = native.library
-    before = library.isa
-    if request.param == "amx" and not (library.isas[-1] == "avx512" and int8.amx_available()):
+    isas = native.library.isas
+    amx = request.param == "amx"
+    if amx and not (isas[-1] == "avx512" and int8.amx_available()):
         pytest.skip("this machine has no AMX: its kernels were not tested")
-    library.select_isa("avx512" if request.param == "amx" else request.param)
-    int8.allow_amx(request.param == "amx")
-    select_backend("nf4_linear", native.NATIVE_INT8)
-    library.fill_scratch(NAN)
-    torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialized
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    library.fill_scratch(None)
-    int8.allow_amx(True)
-    library.select_isa(before)
-    select_backend("nf4_linear", "reference")
+    with native_kernels("avx512" if amx else request.param):
+        select_backend("nf4_linear", native.NATIVE_INT8)
+        int8.allow_amx(amx)
+        yield request.param
+        int8.allow_amx(True)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -57,10 +51,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator)
     values *= torch.exp(2 * torch.randn(shape, generator=generator))
-    whole = torch.full((values.numel() + 128,), NAN)
-    view = whole[64:-64].view(shape)
-    view.copy_(values)
-    return view
+    return surrounded(values)
 
 
 def tiled(shape: tuple[int, int], **how: object) -> NF4Weight:

@@ -12,12 +12,12 @@ import torch
 from manylora_kernels import NF4Weight, native, nf4_linear, prepare_nf4, select_backend
 from manylora_kernels.native.binding import ISAS
 from manylora_kernels.tiles import segment_of, tile, untile
+from support.native import NAN, native_kernels, random
 from support.nf4 import quantize, unpack, unpacked
 
 if native.missing is not None:
     pytest.skip(f"no native kernels: {native.missing}", allow_module_level=True)
 
-NAN = float("nan")
 # Rows of whole blocks, rows that blocks straddle (segments of 32 and 8 columns), several panels.
 SHAPES = [(1, 64), (5, 64), (16, 128), (33, 192), (70, 576), (7, 96), (260, 96), (37, 72)]
 UNTILEABLE = [(4, 172), (6, 100), (3, 5)]
@@ -28,36 +28,14 @@ TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 24, 25, 30, 48, 49, 271]
 @pytest.fixture(params=native.library.isas)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, with uninitialized memory full of NaN."""
-    library = native.library
-    before = library.isa
-    select_backend("nf4_linear", native.NATIVE)
-    library.select_isa(request.param)
-    library.fill_scratch(NAN)
-    torch.use_deterministic_algorithms(True)  # fills what torch leaves uninitialized
-    assert bool(torch.empty(3).isnan().all())
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-    library.fill_scratch(None)
-    library.select_isa(before)
-    select_backend("nf4_linear", "reference")
+    with native_kernels(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("name", ISAS)
 def test_which_instruction_sets_were_tested(name: str) -> None:
     if name not in native.library.isas:
         pytest.skip(f"this machine does not run {name}: its kernels were not tested")
-
-
-def surrounded(values: torch.Tensor) -> torch.Tensor:
-    """Return a view with the same values and NaN on all sides of it."""
-    whole = torch.full((values.numel() + 128,), NAN)
-    view = whole[64:-64].view(values.shape)
-    view.copy_(values)
-    return view
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return surrounded(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def tiled(shape: tuple[int, int], **how: object) -> NF4Weight:
