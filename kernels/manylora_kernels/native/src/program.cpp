@@ -18,6 +18,8 @@ namespace {
 
 // Elements that one thread should have, at least, before another is woken.
 constexpr int64_t kShare = 1 << 14;
+// Opening a team costs as much as one region, so it pays where at least as many products follow.
+constexpr int kTeamProducts = 2;
 // Numbers of tokens and outputs whose addresses are remembered.
 constexpr size_t kRemembered = 256;
 
@@ -293,6 +295,16 @@ class Program {
   Program(const Instruction* instructions, int64_t count)
       : instructions_(instructions, instructions + count) {}
 
+  // Whether instructions [first, last) have work for a team of threads that stays together.
+  bool wants_team(int64_t first, int64_t last) const {
+    int products = 0;
+    for (int64_t i = first; i < last && products < kTeamProducts; ++i) {
+      const int64_t code = instructions_[i].code;
+      products += code == kNf4Linear || code == kHalfLinear || code == kAttention;
+    }
+    return products == kTeamProducts;
+  }
+
   bool run(const Step& step, int64_t first, int64_t last) {
     const std::vector<Bound>& places = bound_for(step.tokens, step.outputs);
     const int isa = static_cast<int>(step.isa);
@@ -371,7 +383,7 @@ int manylora_program_run(manylora::Program* program, const manylora::Step* step,
     bool done;
   } call{program, step, first, last, false};
   manylora::with_team(
-      static_cast<int>(step->threads),
+      program->wants_team(first, last) ? static_cast<int>(step->threads) : 1,
       [](void* self) {
         auto& given = *static_cast<Call*>(self);
         given.done = given.program->run(*given.step, given.first, given.last);
