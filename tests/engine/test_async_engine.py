@@ -215,12 +215,19 @@ def test_the_largest_request_that_is_accepted_also_ends(folder: Path, tmp_path: 
 
 
 def test_drain_lets_requests_finish_and_refuses_new_ones(engine: AsyncEngine) -> None:
+    gate = Gate(engine)
+
     async def work() -> None:
         engine.start()
         assert engine.ready
         reader = asyncio.create_task(collect(engine, request("x", PROMPT, max_tokens=5)))
-        await wait_for(lambda: engine.unfinished == 1)
-        await engine.drain(60)
+        # Held in its first step, or it could end before anyone looks.
+        await wait_for(gate.waiting.is_set)
+        assert engine.unfinished == 1
+        draining = asyncio.create_task(engine.drain(60))
+        await wait_for(lambda: not engine.ready)
+        gate.open.set()
+        await draining
         assert not engine.ready
         assert (await reader)[-1].finish_reason is FinishReason.LENGTH
         with pytest.raises(NotReadyError):
