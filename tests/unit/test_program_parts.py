@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from manylora_server.model.program.affine import SAMPLES, Affine, NotAffineError, solve
 from manylora_server.model.program.arena import plan_arena
+from manylora_server.model.program.schedule import gather_products
 from manylora_server.model.program.symbolic import SymbolicEvent, SymbolicRecording, SymbolicRef
 
 numbers = st.integers(-1000, 1000)
@@ -68,3 +69,47 @@ def test_no_buffer_is_overwritten_before_its_last_reader(data: st.DataObject) ->
         for argument in happening.args:
             assert all(owner[byte] == argument.buffer for byte in span(argument.buffer))
     assert all(owner[byte] == count - 1 for byte in span(count - 1))
+
+
+PRODUCT = torch.ops.manylora.half_linear.default
+
+
+def product(x: int, out: int) -> SymbolicEvent:
+    return SymbolicEvent("operator", PRODUCT, (ref(x),), {}, (ref(out),))
+
+
+def hook(x: int, out: int) -> SymbolicEvent:
+    return SymbolicEvent("module", f"module {out}", (ref(x),), {}, (ref(out),))
+
+
+def gathered(*events: SymbolicEvent) -> tuple[SymbolicEvent, ...]:
+    buffers = tuple(Affine(4) for _ in range(10))
+    return gather_products(SymbolicRecording(events, buffers, {"x": ref(0)}, ref(9))).events
+
+
+def test_a_product_moves_with_its_hook_to_the_first_over_the_same_input() -> None:
+    gate, gate_hook, activation = product(0, 1), hook(0, 1), event([1], 2)
+    up, up_hook, joined = product(0, 3), hook(0, 3), event([2, 3], 9)
+    assert gathered(gate, gate_hook, activation, up, up_hook, joined) == (
+        gate,
+        gate_hook,
+        up,
+        up_hook,
+        activation,
+        joined,
+    )
+
+
+def test_a_product_does_not_pass_what_writes_its_input() -> None:
+    events = (product(0, 1), hook(0, 1), event([1], 0), product(0, 3), hook(0, 3))
+    assert gathered(*events) == events
+
+
+def test_a_product_does_not_pass_what_uses_the_memory_it_writes() -> None:
+    events = (product(0, 1), event([3], 2), product(0, 3), event([1, 2, 3], 9))
+    assert gathered(*events) == events
+
+
+def test_products_over_other_inputs_and_other_events_keep_their_order() -> None:
+    events = (product(0, 1), hook(0, 1), product(1, 2), event([2], 3), product(3, 4), hook(3, 4))
+    assert gathered(*events) == events

@@ -6,6 +6,8 @@
 
 namespace manylora {
 
+class Fusion;
+
 enum HalfKind : int64_t { kBfloat16 = 0, kFloat16 = 1 };
 
 // A panel is 16 rows of W. A tile is a panel's two neighbouring columns in 64 bytes. bfloat16: dword
@@ -28,8 +30,9 @@ struct HalfJob {
   int64_t x_stride;
 };
 
-// Returns 0, 1 where `isa` does not run here, or 2 where memory is short.
-int half_linear(const HalfJob& job, int isa, int threads);
+// At most kMostProducts jobs over the same x. Returns 0, 1 where `isa` does not run here, or 2 where
+// memory is short.
+int half_linear(const HalfJob* jobs, int64_t count, const Fusion& fusion, int isa, int threads);
 
 // One instruction set's kernels. All of them compute, for every token t and row r,
 //   y[t][r] = (((s_0 + s_1) + s_2) + ...) + bias[r],   s_i = sum of w * x over segment i

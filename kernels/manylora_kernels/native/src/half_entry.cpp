@@ -1,5 +1,6 @@
 // half_linear as C++ and Python call it: how the work is cut up and shared among threads.
 #include "arena.h"
+#include "fusion.h"
 #include "half.h"
 
 namespace manylora {
@@ -22,12 +23,12 @@ const HalfKernels* kernels_of(int isa) {
 
 }  // namespace
 
-int half_linear(const HalfJob& job, int isa, int threads) {
+int half_linear(const HalfJob* jobs, int64_t count, const Fusion& fusion, int isa, int threads) {
   const HalfKernels* kernels = kernels_of(isa);
   if (kernels == nullptr) return 1;
-  if (job.tokens == 0 || job.out == 0) return 0;
+  const HalfJob& job = jobs[0];
+  if (job.tokens == 0) return 0;
   threads = threads < 1 ? 1 : threads;
-  const int64_t panels = quotient_up(job.out, kHalfRows);
   const int64_t chunks = quotient_up(job.tokens, kChunkTokens);
   const int64_t chunk = quotient_up(quotient_up(job.tokens, chunks), kernels->tile_tokens) *
                         kernels->tile_tokens;
@@ -36,21 +37,26 @@ int half_linear(const HalfJob& job, int isa, int threads) {
   float* packed = reinterpret_cast<float*>(
       arena.reserve(least(chunk, job.tokens) * columns * int64_t{sizeof(float)}));
   if (packed == nullptr) return 2;
-  const int64_t share = quotient_up(panels, int64_t{threads} * 8);
-  const int64_t size = quotient_up(least(share, kItemPanels), kernels->panels_at_once) *
-                       kernels->panels_at_once;
+  PanelItems panels(kHalfRows);
+  for (int64_t i = 0; i < count; ++i) panels.add(jobs[i].out);
+  const int64_t share = quotient_up(panels.panels(), int64_t{threads} * 8);
+  panels.cut(quotient_up(least(share, kItemPanels), kernels->panels_at_once) *
+             kernels->panels_at_once);
+  const auto part_of = [&](int64_t number, int64_t token) {
+    HalfJob part = jobs[number];
+    part.tokens = least(chunk, part.tokens - token);
+    part.x += token * part.x_stride;
+    part.y += token * part.out;
+    return part;
+  };
   for (int64_t token = 0; token < job.tokens; token += chunk) {
-    HalfJob part = job;
-    part.tokens = least(chunk, job.tokens - token);
-    part.x += token * job.x_stride;
-    part.y += token * job.out;
-    const int64_t tiles = quotient_up(part.tokens, kernels->tile_tokens);
-    const int packers = part.tokens * job.in > kSerialFloats ? threads : 1;
-    parallel(packers, tiles, 1, [&](int, int64_t first, int64_t last) {
-      kernels->pack(part, first, last, packed);
-    });
-    parallel(threads, panels, size, [&](int, int64_t first, int64_t last) {
-      kernels->multiply(part, first, last, packed);
+    const HalfJob x = part_of(0, token);
+    const int packers = x.tokens * job.in > kSerialFloats ? threads : 1;
+    prepare(packers, quotient_up(x.tokens, kernels->tile_tokens), 1, threads,
+            token == 0 ? fusion : nothing_fused(),
+            [&](int64_t first, int64_t last) { kernels->pack(x, first, last, packed); });
+    run_items(threads, panels, token, x.tokens, fusion, [&](int, const PanelItems::Item& item) {
+      kernels->multiply(part_of(item.product, token), item.first, item.last, packed);
     });
   }
   return 0;
@@ -60,6 +66,6 @@ int half_linear(const HalfJob& job, int isa, int threads) {
 
 #pragma GCC visibility push(default)
 extern "C" int manylora_half_linear(const manylora::HalfJob* job, int isa, int threads) {
-  return manylora::half_linear(*job, isa, threads);
+  return manylora::half_linear(job, 1, manylora::nothing_fused(), isa, threads);
 }
 #pragma GCC visibility pop

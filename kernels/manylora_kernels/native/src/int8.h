@@ -58,7 +58,9 @@ extern const Int8Kernels kInt8Vnni;  // AVX-512 with VNNI
 extern const Int8Kernels kInt8Amx;  // AVX-512, and AMX for the products
 #endif
 
-// False where `isa` does not run here or memory is short. `amx`: whether AVX-512 may use it.
-bool nf4_linear_int8(const Nf4Job& job, int isa, bool amx, int threads);
+// At most kMostProducts jobs over the same x, cut into segments alike. False where `isa` does not
+// run here or memory is short. `amx`: whether AVX-512 may use it.
+bool nf4_linear_int8(const Nf4Job* jobs, int64_t count, const Fusion& fusion, int isa, bool amx,
+                     int threads);
 
 }  // namespace manylora

@@ -1,7 +1,9 @@
 // nf4_linear in eight bits as Python calls it through ctypes: which kernels, and how the work is
 // shared among threads.
+#include <algorithm>
+
+#include "fusion.h"
 #include "int8.h"
-#include "runtime.h"
 
 #if MANYLORA_AMX
 #include <sys/syscall.h>
@@ -28,13 +30,21 @@ const Int8Kernels* kernels_of(int isa, [[maybe_unused]] bool amx) {
   return &kInt8Portable;
 }
 
-bool run(const Int8Kernels& kernels, const Nf4Job& job, int threads) {
+bool run(const Int8Kernels& kernels, const Nf4Job* jobs, int64_t count, const Fusion& fusion,
+         int threads) {
+  const Nf4Job& job = jobs[0];
   const int64_t in = job.w.in, segments = in / job.w.segment;
   // Tiles of even sizes, except where they are padded.
   const int64_t tiles = quotient_up(job.tokens, kernels.tile_tokens);
   const int64_t size = kernels.padded ? kernels.tile_tokens : quotient_up(job.tokens, tiles);
   const int64_t tokens = kernels.padded ? tiles * size : job.tokens;
-  const int64_t scratch_floats = quotient_up(kernels.scratch_bytes(job.w), 64) * 16;
+  int64_t scratch_floats = 0;
+  PanelItems panels(kPanelRows);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bytes = kernels.scratch_bytes(jobs[i].w);
+    scratch_floats = std::max(scratch_floats, quotient_up(bytes, 64) * 16);
+    panels.add(jobs[i].w.out);
+  }
   const Scratch q(quotient_up(tokens * in, 4)), scale(tokens * segments);
   const Scratch balance(tokens * segments), scratch(scratch_floats * threads);
   if (q.data() == nullptr || scale.data() == nullptr || balance.data() == nullptr ||
@@ -43,28 +53,26 @@ bool run(const Int8Kernels& kernels, const Nf4Job& job, int threads) {
   const Int8Activations x = {size, reinterpret_cast<int8_t*>(q.data()), scale.data(),
                              reinterpret_cast<int32_t*>(balance.data())};
   const int sharers = job.tokens * in > kSerialFloats ? threads : 1;
-  parallel(sharers, segments, quotient_up(segments, int64_t{sharers} * 2),
-           [&](int, int64_t first, int64_t last) {
-             kernels.quantize(job, first, last, x);
-           });
-  const int64_t panels = quotient_up(job.w.out, kPanelRows);
+  prepare(sharers, segments, quotient_up(segments, int64_t{sharers} * 2), threads, fusion,
+          [&](int64_t first, int64_t last) { kernels.quantize(job, first, last, x); });
   // A multiple of the panels that share a pass over x.
   constexpr int64_t kShared = 4;
-  const int64_t share = quotient_up(panels, int64_t{threads} * 8);
-  const int64_t item = quotient_up(least(share, kernels.item_panels), kShared) * kShared;
-  parallel(threads, panels, item, [&](int thread, int64_t first, int64_t last) {
-    kernels.rows(job, x, first, last, scratch.data() + thread * scratch_floats);
+  const int64_t share = quotient_up(panels.panels(), int64_t{threads} * 8);
+  panels.cut(quotient_up(least(share, kernels.item_panels), kShared) * kShared);
+  run_items(threads, panels, 0, job.tokens, fusion, [&](int thread, const PanelItems::Item& item) {
+    kernels.rows(jobs[item.product], x, item.first, item.last,
+                 scratch.data() + thread * scratch_floats);
   });
   return true;
 }
 
 }  // namespace
 
-bool nf4_linear_int8(const Nf4Job& job, int isa, bool amx, int threads) {
-  const Int8Kernels* kernels = kernels_of(isa, amx && job.tokens >= kAmxTokens);
+bool nf4_linear_int8(const Nf4Job* jobs, int64_t count, const Fusion& fusion, int isa, bool amx,
+                     int threads) {
+  const Int8Kernels* kernels = kernels_of(isa, amx && jobs[0].tokens >= kAmxTokens);
   if (kernels == nullptr) return false;
-  if (job.tokens == 0 || job.w.out == 0) return true;
-  return run(*kernels, job, threads);
+  return jobs[0].tokens == 0 || run(*kernels, jobs, count, fusion, threads);
 }
 
 }  // namespace manylora
@@ -91,7 +99,9 @@ int manylora_nf4_linear_int8(const manylora::Nf4Matrix* w, const float* x, int64
   if (!manylora::runs(isa)) return 1;
   const int64_t stride = manylora::quotient_up(w->out, manylora::kPanelRows) * manylora::kPanelRows;
   const manylora::Nf4Job job{*w, x, y, bias, tokens, stride};
-  return manylora::nf4_linear_int8(job, isa, amx != 0, threads < 1 ? 1 : threads) ? 0 : 2;
+  const bool done = manylora::nf4_linear_int8(&job, 1, manylora::nothing_fused(), isa, amx != 0,
+                                              threads < 1 ? 1 : threads);
+  return done ? 0 : 2;
 }
 
 }  // extern "C"

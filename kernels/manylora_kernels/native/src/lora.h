@@ -10,6 +10,8 @@ namespace manylora {
 
 enum FactorType : int64_t { kFactorFloat = 0, kFactorBf16 = 1, kFactorFp16 = 2 };
 
+constexpr int64_t factor_bytes(int64_t type) { return type == kFactorFloat ? 4 : 2; }
+
 // Tokens [start, end) of one adapter, whose factors lie rank row by rank row.
 struct LoraSegment {
   int64_t start;
@@ -24,7 +26,7 @@ struct LoraSegment {
 // The segment of a run {token start, token end, rank row start, rank row end} over pools of `type`.
 inline LoraSegment lora_segment(const int32_t* run, float weight, int64_t type, const void* a,
                                 const void* b, int64_t in, int64_t out) {
-  const int64_t bytes = type == kFactorFloat ? 4 : 2;
+  const int64_t bytes = factor_bytes(type);
   return {run[0],
           run[1],
           run[3] - run[2],

@@ -6,6 +6,8 @@
 
 namespace manylora {
 
+class Fusion;
+
 // A panel is 16 rows of W. A tile is a panel's 8 neighbouring columns in 64 bytes: dword r holds
 // row r, in bitsandbytes' order (column 2b in the high half of byte b, column 2b + 1 in the low).
 constexpr int64_t kPanelRows = 16;
@@ -72,7 +74,8 @@ extern const Nf4Kernels kNf4Avx2;
 extern const Nf4Kernels kNf4Avx512;
 #endif
 
-// False where `isa` does not run here or memory is short.
-bool nf4_linear(const Nf4Job& job, int isa, int threads);
+// At most kMostProducts jobs over the same x. False where `isa` does not run here or memory is
+// short.
+bool nf4_linear(const Nf4Job* jobs, int64_t count, const Fusion& fusion, int isa, int threads);
 
 }  // namespace manylora

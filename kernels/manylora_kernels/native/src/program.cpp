@@ -8,8 +8,8 @@
 
 #include "attention.h"
 #include "elements.h"
-#include "int8.h"
-#include "lora.h"
+#include "places.h"
+#include "products.h"
 #include "runtime.h"
 
 namespace manylora {
@@ -22,94 +22,6 @@ constexpr int64_t kShare = 1 << 14;
 constexpr int kTeamProducts = 2;
 // Numbers of tokens and outputs whose addresses are remembered.
 constexpr size_t kRemembered = 256;
-
-// An operand's place for one number of tokens: `slot` in the arena, or an address.
-struct Located {
-  int64_t slot;
-  int64_t offset;
-  const float* address;
-
-  float* in(const Step& step) const {
-    if (address != nullptr) return const_cast<float*>(address) + offset;
-    return step.slots[slot] + offset;
-  }
-};
-
-// An instruction with its sizes worked out; neighbouring dimensions that can be walked as one are.
-struct Bound {
-  int64_t dims;
-  int64_t size[kMaxDims];
-  int64_t out_stride[kMaxDims];
-  int64_t a_stride[kMaxDims];
-  int64_t b_stride[kMaxDims];
-  int64_t c_stride[kMaxDims];
-  Located out;
-  Located a;
-  Located b;
-  Located c;
-};
-
-Located located(const Operand& operand, const Instruction& from, int64_t tokens, int64_t outputs) {
-  const int64_t offset = operand.offset.at(tokens, outputs);
-  switch (operand.place) {
-    case kAddress: return {0, offset, reinterpret_cast<const float*>(operand.base)};
-    case kScalar: return {0, 0, &from.scalar};
-    default: return {operand.base, offset, nullptr};
-  }
-}
-
-Bound bound(const Instruction& from, int64_t tokens, int64_t outputs) {
-  Bound to{};
-  to.out = located(from.out, from, tokens, outputs);
-  to.a = located(from.a, from, tokens, outputs);
-  to.b = located(from.b, from, tokens, outputs);
-  to.c = located(from.c, from, tokens, outputs);
-  if (from.code == kAttention) {
-    // The strides between heads and between tokens.
-    for (int i = 0; i < 2; ++i) {
-      to.a_stride[i] = from.a.stride[i].at(tokens, outputs);
-      to.b_stride[i] = from.b.stride[i].at(tokens, outputs);
-      to.c_stride[i] = from.c.stride[i].at(tokens, outputs);
-    }
-    return to;
-  }
-  const bool rows = from.code == kMean;
-  if (from.code != kUnary && from.code != kBinary && !rows) {
-    // Matrices: the number of rows, and the strides between them.
-    to.dims = 1;
-    to.size[0] = from.size[0].at(tokens, outputs);
-    to.out_stride[0] = from.out.stride[0].at(tokens, outputs);
-    to.a_stride[0] = from.a.stride[0].at(tokens, outputs);
-    return to;
-  }
-  for (int64_t i = 0; i < from.dims; ++i) {
-    const int64_t size = from.size[i].at(tokens, outputs);
-    if (size == 1) continue;
-    const int64_t out = from.out.stride[i].at(tokens, outputs);
-    const int64_t a = from.a.stride[i].at(tokens, outputs);
-    const int64_t b = from.b.stride[i].at(tokens, outputs);
-    const int64_t last = to.dims - 1;
-    if (to.dims > 0 && to.out_stride[last] == size * out && to.a_stride[last] == size * a &&
-        to.b_stride[last] == size * b) {
-      to.size[last] *= size;
-    } else {
-      to.size[to.dims++] = size;
-    }
-    to.out_stride[to.dims - 1] = out;
-    to.a_stride[to.dims - 1] = a;
-    to.b_stride[to.dims - 1] = b;
-  }
-  if (rows) {
-    // The summed dimension comes last, whatever its size.
-    to.size[to.dims] = from.size[from.dims].at(tokens, outputs);
-    to.a_stride[to.dims] = from.a.stride[from.dims].at(tokens, outputs);
-  } else if (to.dims == 0) {
-    to.dims = 1;
-    to.size[0] = 1;
-    to.out_stride[0] = to.a_stride[0] = to.b_stride[0] = 1;
-  }
-  return to;
-}
 
 // Calls row(out offset, a offset, b offset) for rows [first, last) of the outer dimensions.
 template <typename Row>
@@ -189,25 +101,6 @@ void mean(const Bound& at, const Step& step, const ElementKernels& kernels) {
   });
 }
 
-bool lora(const Instruction& from, const Bound& at, const Step& step) {
-  const Hook& hook = step.hooks[from.hook];
-  const int64_t in = from.size[1].constant;
-  const int64_t out = from.size[2].constant;
-  std::vector<LoraSegment> segments;
-  for (int64_t type = 0; type < kHookPools; ++type) {
-    const HookPool& pool = hook.pools[type];
-    if (pool.runs < 0) continue;
-    const LoraRuns& runs = step.lora[pool.runs];
-    for (int64_t i = 0; i < runs.count; ++i)
-      segments.push_back(
-          lora_segment(runs.runs + 4 * i, runs.weights[i], type, pool.a, pool.b, in, out));
-  }
-  if (segments.empty()) return true;
-  return lora_delta({segments.data(), static_cast<int64_t>(segments.size()), at.a.in(step),
-                     at.out.in(step), in, out, at.a_stride[0], at.out_stride[0]},
-                    static_cast<int>(step.isa), static_cast<int>(step.threads));
-}
-
 void rescale(const Instruction& from, const Bound& at, const Step& step,
              const ElementKernels& kernels) {
   const Hook& hook = step.hooks[from.hook];
@@ -222,22 +115,6 @@ void rescale(const Instruction& from, const Bound& at, const Step& step,
       kernels.binary(kAdd, width, y, y, false, hook.shift + run[2] * width, false, 1.0f);
     }
   }
-}
-
-bool nf4(const Instruction& from, const Bound& at, const Step& step) {
-  const Nf4Job job{*static_cast<const Nf4Matrix*>(from.weight), at.a.in(step), at.out.in(step),
-                   from.bias, at.size[0], at.out_stride[0]};
-  const int isa = static_cast<int>(step.isa);
-  const int threads = static_cast<int>(step.threads);
-  if (step.math == kFloatMath) return nf4_linear(job, isa, threads);
-  return nf4_linear_int8(job, isa, step.math == kInt8AmxMath, threads);
-}
-
-bool half(const Instruction& from, const Bound& at, const Step& step) {
-  const auto& weight = *static_cast<const HalfMatrix*>(from.weight);
-  return half_linear({weight.tiles, at.a.in(step), from.bias, at.out.in(step), weight.kind,
-                      weight.out, weight.in, at.size[0], at.a_stride[0]},
-                     static_cast<int>(step.isa), static_cast<int>(step.threads)) == 0;
 }
 
 bool attention(const Instruction& from, const Bound& at, const Step& step) {
@@ -309,6 +186,8 @@ class Program {
     const std::vector<Bound>& places = bound_for(step.tokens, step.outputs);
     const int isa = static_cast<int>(step.isa);
     const ElementKernels& kernels = element_kernels(isa);
+    const InstructionList list{instructions_.data(), places.data(), last,
+                               static_cast<int64_t>(instructions_.size())};
     for (int64_t i = first; i < last; ++i) {
       const Instruction& from = instructions_[i];
       const Bound& at = places[i];
@@ -321,16 +200,21 @@ class Program {
           mean(at, step, kernels);
           break;
         case kNf4Linear:
-          if (!nf4(from, at, step)) return false;
+        case kHalfLinear: {
+          const int64_t end = run_products(list, i, step);
+          if (end < 0) return false;
+          // Rescaling changes one product's outputs only, so it may come after the others.
+          for (int64_t j = i; j < end; ++j)
+            if (instructions_[j].code == kRescale)
+              rescale(instructions_[j], places[j], step, kernels);
+          i = end - 1;
           break;
-        case kHalfLinear:
-          if (!half(from, at, step)) return false;
-          break;
+        }
         case kAttention:
           if (!attention(from, at, step)) return false;
           break;
         case kLora:
-          if (!lora(from, at, step)) return false;
+          if (!run_lora(from, at, step)) return false;
           break;
         case kRescale:
           rescale(from, at, step, kernels);

@@ -29,6 +29,7 @@ from manylora_server.model.program.lowering import Lowering
 from manylora_server.model.program.operands import NotNativeError
 from manylora_server.model.program.pages import PageTable
 from manylora_server.model.program.recorder import record
+from manylora_server.model.program.schedule import gather_products
 from manylora_server.model.program.symbolic import (
     SymbolicEvent,
     SymbolicRecording,
@@ -243,7 +244,7 @@ def record_program(
     """
     with _no_padding_token(model):
         recordings = [record(forward, modules, *sample) for sample in SAMPLES]
-    return StepProgram(unify(recordings), head)
+    return StepProgram(gather_products(unify(recordings)), head)
 
 
 @contextmanager
