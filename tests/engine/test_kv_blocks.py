@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora_server.core.types import AdapterChoice, Request, SamplingParams
+from manylora_server.core.types import AdapterChoice, AdapterMix, Request, SamplingParams
 from manylora_server.engine import sequence as engine_sequence
 from manylora_server.engine.kv_blocks import KVBlocks
 
@@ -16,7 +16,7 @@ BLOCK = 4
 
 
 def make(tokens: Sequence[int], digest: str | None = None) -> engine_sequence.Sequence:
-    adapter = None if digest is None else AdapterChoice("name", digest)
+    adapter = None if digest is None else AdapterMix.of(AdapterChoice("name", digest))
     return engine_sequence.Sequence(Request("id", tuple(tokens), SamplingParams(1), adapter))
 
 
