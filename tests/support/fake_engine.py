@@ -87,7 +87,8 @@ class FakeCatalog:
 
     def check_mixable(self, mix: AdapterMix) -> None:
         """As the real one: ``dora`` is not linear."""
-        if not mix.plain and any(choice.name == "dora" for choice in mix.choices):
+        dora = self._records.get("dora")
+        if dora is not None and not mix.plain and dora.digest in mix.digests:
             raise AdapterRefusedError(AdapterUnsupportedError("adapter: 'dora' cannot be mixed."))
 
     def get(self, name: str) -> AdapterRecord | None:

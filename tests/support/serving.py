@@ -81,7 +81,9 @@ def build(
     return engine
 
 
-def publish_unchecked(home: Path, base: Path, name: str, folder: Path) -> None:
+def publish_unchecked(
+    home: Path, base: Path, name: str, folder: Path, *, unmixable: str | None = None
+) -> None:
     """Register an adapter for a base as if a server had checked and measured it."""
     store = AdapterStore(home)
     files = open_folder(folder, name, "test")
@@ -97,6 +99,7 @@ def publish_unchecked(home: Path, base: Path, name: str, folder: Path) -> None:
         base_model=None,
         created_at=time.time(),
         source="test",
+        unmixable=unmixable,
         base_fingerprint=base_fingerprint(base),
         receipt={},
     )
