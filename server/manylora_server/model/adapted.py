@@ -90,15 +90,16 @@ class AdaptedModule(nn.Module):
         return self.patch_rows(x, y, segments)
 
     def _reserve(self, slot: int, patch: ModulePatch) -> None:
-        assert patch.low_rank is None
-        assert patch.output_scale is None
-        assert patch.shift is None
+        """Make room for all of ``patch`` but its replacement."""
+        raise NotImplementedError
 
     def _fill(self, slot: int, patch: ModulePatch) -> None:
         """Copy what ``_reserve`` made room for."""
+        raise NotImplementedError
 
     def _remove(self, slot: int) -> None:
         """Forget what ``_reserve`` made room for."""
+        raise NotImplementedError
 
     def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
         """Return ``y``, the base's output for ``x``, with the patches of ``segments`` applied.
