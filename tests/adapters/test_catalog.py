@@ -69,12 +69,15 @@ def test_a_mix_is_leased_as_a_whole_or_not_at_all(catalog: AdapterCatalog) -> No
     with pytest.raises(AdapterNotFoundError):
         catalog.lease(one, two)
     assert catalog.in_use("same") == 1
+    assert catalog.most_at_once({one.digest}) == 2
+    assert catalog.most_at_once({one.digest, "other"}) == 3
     unused: list[str] = []
     catalog.on_unused = unused.append
     for digest in (one.digest, two.digest):
         catalog.retire(digest)
     assert unused == []
     catalog.release(one, two)
+    assert catalog.most_at_once({one.digest}) == 1
     assert sorted(unused) == sorted([one.digest, two.digest])
     assert (catalog.in_use("same"), catalog.in_use("tone")) == (0, 0)
 

@@ -107,6 +107,11 @@ def test_every_adapter_of_a_mix_is_in_use(start, world: World):
             assert http.get(f"/admin/adapters/{name}").json()["in_use"] == 1
             assert http.delete(f"/admin/adapters/{name}").status_code == 409
             assert http.post(f"/admin/adapters/{name}/unload").status_code == 409
+        refused = http.post("/admin/adapters/ada/pin")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_conflict")
+        assert "a request that mixes adapters" in refused.json()["error"]["message"]
+        http.post("/admin/adapters/rs/pin").raise_for_status()
+        http.post("/admin/adapters/rs/unpin").raise_for_status()
         # Both slots are the mix's, and others still get their turns.
         for name in ("ada", "dora"):
             assert ask(http, name, "y", max_tokens=2).status_code == 200

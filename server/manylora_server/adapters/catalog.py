@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from manylora_server.core.errors import (
     AdapterInUseError,
@@ -41,6 +41,7 @@ class AdapterCatalog:
         self.on_unused: Callable[[str], None] = lambda digest: None
         self._lock = threading.Lock()
         self._leases: Counter[tuple[str, str]] = Counter()
+        self._mixes: Counter[frozenset[str]] = Counter()
         self._removing: set[str] = set()
         self._retired: set[str] = set()
         self._epoch = 0
@@ -140,6 +141,8 @@ class AdapterCatalog:
                         self.store.resolve(choice.name, choice.digest)
             for choice in choices:
                 self._leases[choice.name, choice.digest] += 1
+            if len(choices) > 1:
+                self._mixes[frozenset(choice.digest for choice in choices)] += 1
 
     def release(self, *choices: AdapterChoice) -> None:
         """Take note that a request that had a lease on ``choices`` has ended."""
@@ -154,8 +157,18 @@ class AdapterCatalog:
                 if choice.digest in self._retired and not self._leased(choice.digest):
                     self._retired.discard(choice.digest)
                     unused.append(choice.digest)
+            if len(choices) > 1:
+                mix = frozenset(choice.digest for choice in choices)
+                self._mixes[mix] -= 1
+                if not self._mixes[mix]:
+                    del self._mixes[mix]
         for digest in unused:
             self.on_unused(digest)
+
+    def most_at_once(self, digests: Collection[str]) -> int:
+        """Return how many adapters ``digests`` and any one of the mixes in use are together."""
+        with self._lock:
+            return max((len(mix.union(digests)) for mix in self._mixes), default=len(digests))
 
     def in_use(self, name: str) -> int:
         """Return how many accepted requests use any revision under ``name``."""
