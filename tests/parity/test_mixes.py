@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +301,22 @@ def test_what_is_not_linear_says_so(tmp_path: Path) -> None:
     assert linear is not None
     assert linear.unmixable is None
     assert mix_of(engine, {"dora": 1.0}).plain
+
+
+def test_an_adapter_of_an_earlier_version_is_examined_when_it_is_added_again(
+    tmp_path: Path,
+) -> None:
+    folder, home = tmp_path / "base", tmp_path / "home"
+    base = save_model("llama", folder)
+    adapters = {"a": save_adapter(base, lora("llama"), tmp_path / "a", 1)}
+    build(folder, home, adapters=adapters).close()
+    with closing(sqlite3.connect(home / "registry.sqlite3")) as registry, registry:
+        registry.execute("UPDATE revisions SET facts = json_remove(facts, '$.unmixable')")
+    engine = build(folder, home)
+    assert mix_of(engine, {"a": 1.0}).plain
+    with pytest.raises(AdapterRefusedError, match="add it again to have it examined"):
+        mix_of(engine, {"a": 0.5})
+    engine.close()
+    engine = build(folder, home, adapters=adapters)
+    assert not mix_of(engine, {"a": 0.5}).plain
+    engine.close()
