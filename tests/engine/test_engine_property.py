@@ -102,6 +102,7 @@ def test_any_history(seed: int, world: World, tmp_path: Path) -> None:
     engine = world.engine(
         tmp_path,
         adapter_slots=slots,
+        adapter_host_bytes=rng.choice([1, 2**30]),
         max_batch_tokens=rng.choice([1, 5, 13, 40]),
         max_sequences=rng.choice([2, 5, 9]),
     )

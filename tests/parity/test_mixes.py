@@ -21,7 +21,7 @@ from support.adapters import adalora, lora, save_adapter
 from support.mixing import Weights, mix_of, peft_cat, summed
 from support.models import VOCAB, save_model
 from support.oracle import Oracle, greedy
-from support.serving import Recorder, bring_in, build, inner, request, run, tokens_of
+from support.serving import DEVICE, Recorder, bring_in, build, inner, request, run, tokens_of
 
 NEW_TOKENS = 5
 BLOCKS = 20
@@ -103,6 +103,7 @@ def test_mixes_equal_peft_s_concatenation(
         folder,
         tmp_path / "home",
         quantization=quantization,
+        device="cpu" if replayed else DEVICE,
         adapters=adapters,
         max_batch_tokens=24,
         kv_block_tokens=4,
@@ -221,7 +222,14 @@ def test_a_mix_has_the_same_bits_in_any_company_and_any_order(tmp_path: Path) ->
     weights = {"plain": 0.7, "wide": -0.3, "rslora": 0.1}
 
     def rows(mixes: list[Weights], loaded: list[str], **limits: Any) -> dict[str, torch.Tensor]:
-        engine = build(folder, tmp_path / "home", quantization="nf4", adapters=adapters, **limits)
+        engine = build(
+            folder,
+            tmp_path / "home",
+            quantization="nf4",
+            device="cpu",
+            adapters=adapters,
+            **limits,
+        )
         core = inner(engine)
         for name in loaded:
             # Which slot an adapter has must not matter.

@@ -53,6 +53,7 @@ def summed(folder: Path, quantization: str, adapters: Mapping[str, Path], weight
     model = load_base(folder, quantization)
     for name, weight in weights.items():
         plain = load_base(folder, "none")
+        transposed = {key for key, module in plain.named_modules() if isinstance(module, Conv1D)}
         before = {key: value.clone() for key, value in plain.state_dict().items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -66,6 +67,8 @@ def summed(folder: Path, quantization: str, adapters: Mapping[str, Path], weight
                 and not torch.equal(after[key], before[key])
             }
             if deltas:
+                if module_name in transposed and "weight" in deltas:
+                    deltas["weight"] = deltas["weight"].t()
                 module.register_forward_hook(_adding(deltas))
     return model
 
@@ -78,8 +81,6 @@ def _adding(deltas: dict[str, torch.Tensor]) -> Callable[[nn.Module, Any, torch.
             return output + bias
         if isinstance(module, nn.Embedding):
             return output + F.embedding(args[0], weight)
-        return output + F.linear(
-            args[0], weight.t() if isinstance(module, Conv1D) else weight, bias
-        )
+        return output + F.linear(args[0], weight, bias)
 
     return hook
