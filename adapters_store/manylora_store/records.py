@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+NEVER_EXAMINED = "it was registered before mixes were known; add it again to have it examined"
+"""What ``AdapterRecord.unmixable`` says of revisions that an earlier version stored."""
+
 
 @dataclass(frozen=True, slots=True)
 class RevisionRef:
@@ -36,7 +39,8 @@ class AdapterRecord:
     ``base_fingerprint`` names the base the adapter was checked against (empty if none was) and
     ``receipt`` is its measured difference from PEFT, as JSON-ready types. ``revisions`` are the
     distinct revisions the name has pointed at, newest first and the current one among them;
-    ``aliases`` all names that point at ``digest`` now, sorted.
+    ``aliases`` all names that point at ``digest`` now, sorted. ``unmixable`` says why the adapter
+    cannot be weighted or added to others; ``None`` if it can.
     """
 
     name: str
@@ -51,6 +55,7 @@ class AdapterRecord:
     created_at: float
     source: str
     warnings: tuple[str, ...] = field(default=())
+    unmixable: str | None = None
     base_fingerprint: str = ""
     receipt: Mapping[str, Any] | None = None
     pinned: bool = False
@@ -73,6 +78,7 @@ class AdapterRecord:
             "created_at": int(self.created_at),
             "source": self.source,
             "warnings": list(self.warnings),
+            "unmixable": self.unmixable,
             "receipt": None if self.receipt is None else dict(self.receipt),
             "pinned": self.pinned,
             "aliases": list(self.aliases),

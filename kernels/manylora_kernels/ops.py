@@ -136,16 +136,18 @@ def scale_shift_(
 ) -> None:
     """Apply each token's own affine map to ``y``, in place.
 
-    For every segment ``(t0, t1, row)``: ``y[t] = scale[row] * y[t] + shift[row]`` for ``t`` in
-    ``[t0, t1)``. ``y [T, out]``, ``scale`` and ``shift`` ``[rows, out]``, ``segments`` int32
-    ``[S, 3]`` on any device (``SegmentMap.resolve_rows`` chooses the backend's), in which a row of
-    zeros is padding. Tokens in no segment keep their bits.
+    For every segment ``(t0, t1, row, w)``, in order: ``y[t] = scale[row] * y[t] + w * shift[row]``
+    for ``t`` in ``[t0, t1)``. ``y [T, out]``, ``scale`` and ``shift`` ``[rows, out]``, ``segments``
+    int32 ``[S, 4]`` on any device (``SegmentMap.resolve_rows`` chooses the backend's) with the bits
+    of the float32 ``w``; a row of zeros is padding. Tokens in no segment keep their bits.
     """
     if scale.shape != shift.shape or scale.shape[1] != y.shape[1]:
         raise ValueError(
             f"scale and shift must be [rows, {y.shape[1]}], "
             f"got {tuple(scale.shape)} and {tuple(shift.shape)}"
         )
+    if segments.dim() != 2 or segments.shape[1] != 4:
+        raise ValueError(f"segments must be [S, 4], got {tuple(segments.shape)}")
     torch.ops.manylora.scale_shift_(y, scale, shift, segments)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from manylora_kernels.backends import selected_backend
 from manylora_kernels.gpu import TRITON
-from manylora_kernels.tile_plan import TilePlan, build, upload
+from manylora_kernels.tile_plan import TilePlan, build, float_bits, upload
 
 # Up to this many tokens (decode, mostly) calls cost more than arithmetic and all segments are
 # multiplied in one batch; beyond it each is worth a product of its own (docs/performance.md).
@@ -129,6 +129,18 @@ def _group(
     )
 
 
+def row_runs(
+    segments: Sequence[Segment], rows: Mapping[int, int]
+) -> list[tuple[int, int, int, int]]:
+    """Return the table of ``scale_shift_``: the segments whose slots are in ``rows``, in order."""
+    found = [segment for segment in segments if segment.slot in rows]
+    bits = float_bits([segment.weight for segment in found])
+    return [
+        (segment.start, segment.end, rows[segment.slot], weight)
+        for segment, weight in zip(found, bits, strict=True)
+    ]
+
+
 class SegmentMap:
     """The segments of one step, over ``num_tokens`` rows."""
 
@@ -177,11 +189,7 @@ class SegmentMap:
         """
         key = tuple([rows.get(segment.slot) for segment in self.segments])
         if key not in self._rows:
-            found = [
-                (segment.start, segment.end, row)
-                for segment, row in zip(self.segments, key, strict=True)
-                if row is not None
-            ]
+            found = row_runs(self.segments, rows)
             table = None
             if found and selected_backend("scale_shift_") == TRITON:
                 table = upload(found, self._device)

@@ -51,7 +51,7 @@ def build(runs: Sequence[Run], device: torch.device) -> TilePlan:
 def cut(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
     """Return the rows of ``items`` and of ``cells``."""
     runs = [run for run in runs if run[0] < run[1] and run[2] < run[3]]
-    bits = _float_bits([run[4] for run in runs])
+    bits = float_bits([run[4] for run in runs])
     starting: dict[int, list[int]] = {}
     ending: dict[int, list[int]] = {}
     for index, run in enumerate(runs):
@@ -91,6 +91,7 @@ def upload(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     return table.pin_memory().to(device, non_blocking=True)
 
 
-def _float_bits(values: Sequence[float]) -> list[int]:
+def float_bits(values: Sequence[float]) -> list[int]:
+    """Return the bits of each value as float32, for tables of integers."""
     bits: list[int] = torch.tensor(values, dtype=torch.float32).view(torch.int32).tolist()
     return bits

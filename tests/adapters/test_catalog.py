@@ -17,7 +17,7 @@ from manylora_server.core.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from manylora_server.core.types import AdapterChoice
+from manylora_server.core.types import AdapterChoice, AdapterMix
 from manylora_server.model.fingerprint import base_fingerprint
 from manylora_store.errors import StoreBusyError
 from manylora_store.store import AdapterStore
@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model("llama", root / "other", seed=1)
     for seed, name in enumerate(("one", "two")):
         save_adapter(base, lora("llama"), root / name, seed)
+    save_adapter(base, lora("llama", use_dora=True), root / "dora", 2)
     return root
 
 
@@ -55,6 +56,55 @@ def test_a_name_means_its_latest_revision_and_its_digest_any(catalog: AdapterCat
         assert catalog.resolve(f"tone@{before.digest[:length]}").digest == before.digest
     with pytest.raises(AdapterNotFoundError):
         catalog.resolve(f"same@{before.digest}")
+
+
+def test_a_mix_is_leased_as_a_whole_or_not_at_all(catalog: AdapterCatalog) -> None:
+    _, before = catalog.store.get("tone").revisions
+    one, two = catalog.resolve("same"), catalog.resolve(f"tone@{before.digest}")
+    catalog.lease(one, two)
+    assert (catalog.in_use("same"), catalog.in_use("tone")) == (1, 1)
+    with pytest.raises(AdapterInUseError):
+        catalog.begin_removal("tone", drain=False)
+    catalog.begin_removal("tone", drain=True)
+    with pytest.raises(AdapterNotFoundError):
+        catalog.lease(one, two)
+    assert catalog.in_use("same") == 1
+    assert catalog.most_at_once({one.digest}) == 2
+    assert catalog.most_at_once({one.digest, "other"}) == 3
+    unused: list[str] = []
+    catalog.on_unused = unused.append
+    for digest in (one.digest, two.digest):
+        catalog.retire(digest)
+    assert unused == []
+    catalog.release(one, two)
+    assert catalog.most_at_once({one.digest}) == 1
+    assert sorted(unused) == sorted([one.digest, two.digest])
+    assert (catalog.in_use("same"), catalog.in_use("tone")) == (0, 0)
+
+
+def test_what_is_not_linear_is_refused_in_a_mix_only(
+    catalog: AdapterCatalog, folder: Path, tmp_path: Path
+) -> None:
+    reason = "it scales the outputs of 'model.layers.0.self_attn.q_proj' (DoRA)"
+    publish_unchecked(tmp_path, folder / "base", "dora", folder / "dora", unmixable=reason)
+    one, dora = catalog.resolve("tone"), catalog.resolve("dora")
+    for fine in (((dora, 1.0),), ((one, 0.3),), ((one, 0.3), (dora, 0.0)), ((dora, 1.0), (one, 0))):
+        catalog.check_mixable(AdapterMix(fine))
+    for refused in (((dora, 0.5),), ((one, 0.3), (dora, 1.0)), ((dora, -1.0),)):
+        with pytest.raises(AdapterRefusedError) as caught:
+            catalog.check_mixable(AdapterMix(refused))
+        assert (caught.value.status, caught.value.code) == (422, "adapter_unsupported")
+        assert reason in caught.value.message
+        assert caught.value.message.startswith("adapter: 'dora' cannot be part of a mix")
+
+
+def test_several_names_of_one_content_add_up(catalog: AdapterCatalog) -> None:
+    tone, same = catalog.resolve("tone"), catalog.resolve("same")
+    mix = AdapterMix(((tone, 0.75), (same, 0.25)))
+    assert mix.terms == ((tone.digest, 1.0),)
+    assert (mix.plain, mix.key) == (True, tone.digest)
+    assert mix.choices == (tone, same)
+    assert AdapterMix(((tone, 0.75), (same, -0.75))).key is None
 
 
 @pytest.mark.parametrize("reference", ["tone@", "tone@1234567", "tone@" + "A" * 8, "tone@x" * 9])

@@ -46,11 +46,11 @@ def digests(engine: AsyncEngine) -> dict[str, str]:
     return {name: engine.adapters.resolve(name).digest for name in NAMES}
 
 
-def bring(residency: Residency, digest: str) -> Readiness:
+def bring(residency: Residency, *wanted: str) -> Readiness:
     """Step as the engine would until it is decided."""
     for _ in range(100):
         residency.begin_step()
-        readiness = residency.prepare(digest)
+        readiness = residency.prepare(wanted)
         if readiness is not Readiness.LOADING:
             return readiness
         residency.host.wait(60)
@@ -62,10 +62,10 @@ def test_an_adapter_comes_from_disk_to_host_to_device(
 ) -> None:
     a = digests["a"]
     residency.begin_step()
-    assert residency.prepare(a) is Readiness.LOADING
+    assert residency.prepare((a,)) is Readiness.LOADING
     residency.host.wait(60)
     assert (a in residency.host, residency.on_device) == (True, frozenset())
-    assert residency.prepare(a) is Readiness.READY
+    assert residency.prepare((a,)) is Readiness.READY
     assert residency.on_device == {a}
     residency.check_integrity([])
 
@@ -86,12 +86,65 @@ def test_a_promise_lasts_until_the_next_step(residency: Residency, digests: dict
         residency.host.request(digest)
     residency.host.wait(60)
     residency.begin_step()
-    assert residency.prepare(digests["a"]) is Readiness.READY
-    assert residency.prepare(digests["b"]) is Readiness.READY
-    assert residency.prepare(digests["c"]) is Readiness.NO_ROOM
+    assert residency.prepare((digests["a"],)) is Readiness.READY
+    assert residency.prepare((digests["b"],)) is Readiness.READY
+    assert residency.prepare((digests["c"],)) is Readiness.NO_ROOM
     residency.begin_step()
-    assert residency.prepare(digests["c"]) is Readiness.READY
+    assert residency.prepare((digests["c"],)) is Readiness.READY
     assert residency.on_device == {digests["b"], digests["c"]}
+
+
+def test_a_mix_waits_for_host_memory_without_a_slot(
+    residency: Residency, digests: dict[str, str]
+) -> None:
+    a, b, c = (digests[name] for name in "abc")
+    residency.host.request(a)
+    residency.host.wait(60)
+    residency.begin_step()
+    assert residency.prepare((a, b)) is Readiness.LOADING
+    assert residency.on_device == frozenset()
+    assert residency.slots.loading == ()
+    # So both slots can be used meanwhile.
+    assert bring(residency, c) is Readiness.READY
+    assert residency.prepare((a,)) is Readiness.READY
+    assert bring(residency, a, b) is Readiness.READY
+    assert residency.on_device == {a, b}
+
+
+def test_a_mix_gets_slots_for_all_or_for_none(
+    residency: Residency, digests: dict[str, str]
+) -> None:
+    a, b, c, d = (digests[name] for name in NAMES)
+    assert bring(residency, a, b) is Readiness.READY
+    slot = residency.acquire(a)
+    for digest in (c, d):
+        residency.host.request(digest)
+    residency.host.wait(60)
+    residency.begin_step()
+    assert residency.shortage((c, d)) == 1
+    assert residency.prepare((c, d)) is Readiness.NO_ROOM
+    assert residency.on_device == {a, b}
+    assert (residency.shortage((a, c)), residency.shortage((a, b))) == (0, 0)
+    assert residency.prepare((a, c)) is Readiness.READY
+    assert residency.shortage((b,)) == 1
+    residency.release(slot)
+    residency.begin_step()
+    assert residency.prepare((c, d)) is Readiness.READY
+    assert residency.on_device == {c, d}
+
+
+def test_a_mix_that_cannot_fit_beside_the_pinned_ones_fails(
+    residency: Residency, digests: dict[str, str]
+) -> None:
+    a, b, c = (digests[name] for name in "abc")
+    residency.pin(frozenset({a}))
+    assert residency.fits((a, b))
+    assert not residency.fits((b, c))
+    residency.begin_step()
+    with pytest.raises(AdapterLoadError, match="needs 2 adapters on the device at once") as caught:
+        residency.prepare((b, c))
+    assert caught.value.digest is None
+    assert bring(residency, a, b) is Readiness.READY
 
 
 def test_a_pinned_adapter_comes_by_itself_and_stays(

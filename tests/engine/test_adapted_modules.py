@@ -11,7 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora_kernels import Segment, SegmentMap
-from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
+from manylora_server.model.adapted import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    AdaptedModule,
+    AdaptedNorm,
+)
 from manylora_server.model.context import ForwardContext, forward_context
 from manylora_store.compiler.canonical import LowRank, ModulePatch, ModuleSpec
 
@@ -195,7 +200,7 @@ def test_embedding_rows() -> None:
 def test_norm_rows() -> None:
     base = nn.LayerNorm(OUT).requires_grad_(False)
     spec = ModuleSpec("n", "norm", (), {"weight": (OUT,), "bias": (OUT,)})
-    module = AdaptedModule(base, spec, torch.float32, CPU)
+    module = AdaptedNorm(base, spec, torch.float32, CPU)
     own = {"weight": noise(OUT, seed=80), "bias": noise(OUT, seed=81)}
     install(module, 0, ModulePatch(replacement=own))
     x = noise(1, TOKENS, OUT, seed=6)
@@ -203,6 +208,90 @@ def test_norm_rows() -> None:
     expected = base(x)
     expected[:, 2:5] = nn.functional.layer_norm(x[:, 2:5], (OUT,), own["weight"], own["bias"])
     torch.testing.assert_close(got, expected)
+
+
+def test_a_norm_whose_bias_was_trained() -> None:
+    base = nn.LayerNorm(OUT).requires_grad_(False)
+    spec = ModuleSpec("n", "norm", (), {"weight": (OUT,), "bias": (OUT,)})
+    module = AdaptedNorm(base, spec, torch.float32, CPU)
+    shifts = {0: noise(OUT, seed=82), 1: noise(OUT, seed=83)}
+    for slot, shift in shifts.items():
+        install(module, slot, ModulePatch(shift=shift))
+    x = noise(1, TOKENS, OUT, seed=6)
+    expected = base(x)
+    for start, end, slot, weight in MIX:
+        if slot in shifts:
+            expected[:, start:end] += weight * shifts[slot]
+    torch.testing.assert_close(run(module, x, MIX), expected)
+    module.remove(0)
+    module.remove(1)
+    assert torch.equal(run(module, x, MIX), base(x))
+
+
+# Tokens 2 to 4 are of three adapters, 5 of two, 7 of one at half weight.
+MIX = [
+    *(Segment(2, 5, 0, 0.5), Segment(2, 5, 1, -2.0), Segment(2, 5, 2, 0.25)),
+    *(Segment(5, 6, 2, 1.5), Segment(5, 6, 0, 1.0), Segment(7, 8, 1, 0.5)),
+]
+
+
+@pytest.mark.parametrize("module_kind", ["linear", "embedding"])
+def test_rows_of_several_adapters_add_them_up(module_kind: str) -> None:
+    module: AdaptedModule
+    if module_kind == "linear":
+        base, spec = linear("linear")
+        module = AdaptedLinear(base, spec, torch.float32, CPU)
+        x, width = noise(1, TOKENS, IN, seed=3), IN
+    else:
+        base = nn.Embedding(VOCAB, OUT).requires_grad_(False)
+        parameters = {"weight": (VOCAB, OUT)}
+        spec = ModuleSpec("e", "embedding", (VOCAB, OUT), parameters)
+        module = AdaptedEmbedding(base, spec, torch.float32, CPU)
+        x, width = torch.arange(TOKENS)[None] * 7 % VOCAB, VOCAB
+    patches = {
+        slot: ModulePatch(
+            low_rank=LowRank(
+                noise(rank, width, seed=90 + slot), noise(rank, OUT, seed=95 + slot), 0.5 + slot
+            ),
+            shift=None if slot == 1 else noise(OUT, seed=98 + slot),
+        )
+        for slot, rank in ((0, 3), (1, 16), (2, 5))
+    }
+    for slot, patch in patches.items():
+        install(module, slot, patch)
+    expected = base(x).double()
+    for start, end, slot, weight in MIX:
+        factors, shift = patches[slot].low_rank, patches[slot].shift
+        assert factors is not None
+        rows = x[0, start:end]
+        down = rows @ factors.a.t() if module_kind == "linear" else factors.a[:, rows].t()
+        expected[0, start:end] += weight * factors.scaling * down.double() @ factors.b.double()
+        if shift is not None:
+            expected[0, start:end] += weight * shift
+    got = run(module, x, MIX)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+    outside = [0, 1, 6, 8, 9]
+    assert torch.equal(got[0, outside], base(x)[0, outside])
+
+
+def test_the_order_of_a_sum_does_not_depend_on_who_came_first() -> None:
+    base, spec = linear("linear")
+    patches = {
+        slot: ModulePatch(
+            low_rank=LowRank(
+                noise(4, IN, seed=slot).to(dtype), noise(4, OUT, seed=10 + slot).to(dtype), 1.0
+            )
+        )
+        for slot, dtype in enumerate((torch.float16, torch.float32, torch.bfloat16))
+    }
+    x = noise(1, TOKENS, IN, seed=3)
+    results = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        module = AdaptedLinear(base, spec, torch.float32, CPU)
+        for slot in order:
+            install(module, slot, patches[slot])
+        results.append(run(module, x, MIX))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_an_output_head_goes_by_the_rows_that_are_wanted() -> None:

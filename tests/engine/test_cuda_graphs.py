@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from manylora_kernels import RankExtent, Segment, gpu, select_backend, selected_backend
+from manylora_server.core.types import AdapterMix
 from manylora_server.model.attention import KVCache, LayerShape
 from manylora_server.model.batch import Chunk
 from manylora_server.model.cuda_graphs import DecodeGraphs
-from manylora_server.model.graph_inputs import StaticInputs, batch_bucket, width_bucket
+from manylora_server.model.graph_inputs import (
+    StaticInputs,
+    batch_bucket,
+    depth_bucket,
+    width_bucket,
+)
 from support.adapters import lora, save_adapter
 from support.models import save_model
 from support.serving import Recorder, bring_in, build, inner, request, run, tokens_of
@@ -49,13 +55,18 @@ def test_tables_are_padded_to_powers_of_two(blocks: int, bucket: int) -> None:
     assert width_bucket(blocks) == bucket
 
 
+@pytest.mark.parametrize(("adapters", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 4), (9, 16)])
+def test_mixes_are_padded_to_powers_of_two(adapters: int, bucket: int) -> None:
+    assert depth_bucket(adapters) == bucket
+
+
 def test_inputs_describe_the_step_and_nothing_of_the_last() -> None:
     cache = KVCache({0: LayerShape(1, 2, 2)}, 8, 4, torch.float32, CPU)
     inputs = StaticInputs(cache, 4, 16, CPU)
     addresses = [inputs.input_ids.data_ptr(), inputs.attention.block_tables.data_ptr()]
     steps = [
-        [Chunk([7], 9, [1, 2, 3], None, True), Chunk([8], 0, [5], 1, True)],
-        [Chunk([9], 4, [6, 7], None, True)],
+        [Chunk([7], 9, [1, 2, 3], (), True), Chunk([8], 0, [5], ((1, 1.0),), True)],
+        [Chunk([9], 4, [6, 7], (), True)],
     ]
     for step in (steps[0], steps[1]):
         inputs.fill(step)
@@ -80,6 +91,7 @@ def served(tmp_path: Path) -> Iterator[dict[str, Any]]:
         "small": lora("llama", r=2),
         "wide": lora("llama", r=20, target_modules=["q_proj", "up_proj"]),
         "dora": lora("llama", r=3, use_dora=True),
+        "biased": lora("llama", r=3, lora_bias=True),
         "embedding": lora("llama", r=2, target_modules=["embed_tokens", "q_proj"]),
     }
     adapters = {
@@ -118,18 +130,20 @@ def served(tmp_path: Path) -> Iterator[dict[str, Any]]:
         select_backend(operation, backend)
 
 
+def mix_of(engine: Any, name: str) -> AdapterMix | None:
+    """Return the base, one adapter, or ``a+b``, whose weights differ."""
+    if name == "base":
+        return None
+    choices = [engine.adapters.resolve(part) for part in name.split("+")]
+    if len(choices) == 1:
+        return AdapterMix.of(choices[0])
+    return AdapterMix(tuple((c, 0.5 - i) for i, c in enumerate(choices)))
+
+
 def outputs_of(served: dict[str, Any], names: list[str]) -> tuple[list[list[int]], torch.Tensor]:
     core, engine = served["core"], served["engine"]
     recorder = Recorder(core)
-    requests = [
-        request(
-            name,
-            PROMPT,
-            None if name == "base" else engine.adapters.resolve(name),
-            max_tokens=4,
-        )
-        for name in names
-    ]
+    requests = [request(name, PROMPT, mix_of(engine, name), max_tokens=4) for name in names]
     # A prefill, then three decode steps: one as always, one captured, one replayed.
     outputs = run(core, {0: requests})
     core._runner = served["runner"]
@@ -146,11 +160,29 @@ def test_replays_give_what_the_steps_give(served: dict[str, Any]) -> None:
     assert tokens == expected
     torch.testing.assert_close(got, logits, atol=1e-5, rtol=0)
     assert not served["graphs"].given_up
-    assert served["graphs"].buckets == ((2, 16, True),)
+    assert served["graphs"].buckets == ((2, 16, 1),)
     # The first replay is the test of the capture.
     assert [graph.replays for graph in served["captured"]] == [3]
     assert outputs_of(served, ["base"])[0] not in (expected[:1], expected[1:])
-    assert served["graphs"].buckets == ((2, 16, True), (1, 16, False))
+    assert served["graphs"].buckets == ((2, 16, 1), (1, 16, 0))
+
+
+@requires_triton
+def test_mixes_have_graphs_with_more_room(served: dict[str, Any]) -> None:
+    names = ["small+wide+biased", "wide+biased", "base", "dora"]
+    expected, logits = outputs_of(served, names)
+    assert len({tuple(tokens) for tokens in expected}) == 4
+    served["runner"].graphs = served["graphs"]
+    tokens, got = outputs_of(served, names)
+    assert tokens == expected
+    torch.testing.assert_close(got, logits, atol=1e-5, rtol=0)
+    assert not served["graphs"].given_up
+    assert served["graphs"].buckets == ((4, 16, 4),)
+    # Alone, so that the bucket is full.
+    for name in names[:2]:
+        alone, _ = outputs_of(served, [name])
+        assert alone == [expected[names.index(name)]]
+    assert served["graphs"].buckets == ((4, 16, 4), (1, 16, 4), (1, 16, 2))
 
 
 @requires_triton
@@ -205,7 +237,7 @@ def test_tables_hold_until_layouts_or_memory_change(served: dict[str, Any]) -> N
     from manylora_server.model.graph_adapters import AdapterTables
 
     modules = served["modules"].wrapped
-    tables = AdapterTables(modules, 4, CPU, torch.float32)
+    tables = AdapterTables(modules, 4, 1, CPU, torch.float32)
     assert tables.hold(modules)
     linear = [m for m in modules if isinstance(m, AdaptedLinear) and m.ranks.extents]
     slot = next(iter(linear[0].ranks.extents))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from manylora_server.core.types import AdapterChoice, FinishReason, Request, RequestOutput
+from manylora_server.core.types import AdapterMix, FinishReason, Request, RequestOutput
 from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.engine.engine import Engine
 from manylora_server.engine.kv_blocks import KVBlocks
 from support.adapters import lora, save_adapter
+from support.mixing import mix_of
 from support.models import VOCAB, save_model
 from support.serving import build, inner, request, run, tokens_of
 
@@ -43,8 +44,18 @@ def poison(core: Engine) -> None:
         values[1:] = math.nan
 
 
-def choice(engine: AsyncEngine, name: str | None) -> AdapterChoice | None:
-    return None if name is None else engine.adapters.resolve(name)
+MIXES: dict[str, dict[str, float]] = {
+    "half": {"a2": 0.5},
+    "two": {"a0": 0.7, "a1": -0.3},
+    "other two": {"a1": 0.4, "a3": 1.2},
+    "three": {"a0": 0.5, "a2": 0.25, "a3": -1.0},
+}
+
+
+def choice(engine: AsyncEngine, name: str | None) -> AdapterMix | None:
+    if name is None:
+        return None
+    return mix_of(engine, MIXES.get(name, {name: 1.0}))
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +76,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     engine = made.engine(root / "home")
     inner(engine).scheduler.blocks = KVBlocks(20, BLOCK, prefix_cache=False)
     for number, prompt in enumerate(prompts):
-        for name in (None, *adapters):
+        for name in (None, *adapters, *MIXES):
             wanted = request("it", prompt, choice(engine, name), max_tokens=NEW)
             made.alone[number, name] = tokens_of(run(inner(engine), {0: [wanted]})["it"])
     return made
 
 
 def draw(
-    rng: random.Random, world: World, engine: AsyncEngine, request_id: str
+    rng: random.Random, world: World, engine: AsyncEngine, request_id: str, slots: int
 ) -> tuple[tuple[int, str | None], Request]:
     number = rng.randrange(len(world.prompts))
-    name = rng.choice([None, *world.adapters])
+    mixes = [name for name, weights in MIXES.items() if len(weights) <= slots]
+    name = rng.choice([None, *world.adapters, *mixes])
     made = request(
         request_id, world.prompts[number], choice(engine, name), max_tokens=rng.randint(1, NEW)
     )
@@ -86,9 +98,11 @@ def draw(
 @pytest.mark.parametrize("seed", range(10))
 def test_any_history(seed: int, world: World, tmp_path: Path) -> None:
     rng = random.Random(seed)
+    slots = rng.randint(1, 4)
     engine = world.engine(
         tmp_path,
-        adapter_slots=rng.randint(1, 3),
+        adapter_slots=slots,
+        adapter_host_bytes=rng.choice([1, 2**30]),
         max_batch_tokens=rng.choice([1, 5, 13, 40]),
         max_sequences=rng.choice([2, 5, 9]),
     )
@@ -105,7 +119,7 @@ def test_any_history(seed: int, world: World, tmp_path: Path) -> None:
 
     for number in range(35):
         request_id = f"r{number}"
-        origin[request_id], asked[request_id] = draw(rng, world, engine, request_id)
+        origin[request_id], asked[request_id] = draw(rng, world, engine, request_id, slots)
         core.add(asked[request_id])
         if rng.random() < 0.25:
             victim = rng.choice(list(asked))

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora_server.core.types import AdapterChoice, Request, SamplingParams
+from manylora_server.core.types import AdapterChoice, AdapterMix, Request, SamplingParams
 from manylora_server.engine import sequence as engine_sequence
 from manylora_server.engine.kv_blocks import KVBlocks
 
 BLOCK = 4
 
 
-def make(tokens: Sequence[int], digest: str | None = None) -> engine_sequence.Sequence:
-    adapter = None if digest is None else AdapterChoice("name", digest)
+def make(
+    tokens: Sequence[int], digest: str | dict[str, float] | None = None
+) -> engine_sequence.Sequence:
+    adapter = None
+    if digest is not None:
+        weights = {digest: 1.0} if isinstance(digest, str) else digest
+        adapter = AdapterMix(tuple((AdapterChoice("name", d), w) for d, w in weights.items()))
     return engine_sequence.Sequence(Request("id", tuple(tokens), SamplingParams(1), adapter))
 
 
@@ -27,9 +33,7 @@ def compute(blocks: KVBlocks, sequence: engine_sequence.Sequence) -> None:
     blocks.commit(sequence)
 
 
-def cached_after(
-    first: tuple[Sequence[int], str | None], second: tuple[Sequence[int], str | None]
-) -> int:
+def cached_after(first: tuple[Sequence[int], Any], second: tuple[Sequence[int], Any]) -> int:
     """Return how many tokens of ``second`` are found after ``first`` was computed."""
     blocks = KVBlocks(32, BLOCK)
     early, late = make(*first), make(*second)
@@ -65,10 +69,32 @@ def test_shares_whole_blocks_of_equal_tokens_and_leaves_one_to_compute(
     assert cached_after((first, "d" * 64), (second, "d" * 64)) == expected
 
 
-@pytest.mark.parametrize("digests", [(None, "a"), ("a", None), ("a", "b")])
-def test_never_shares_between_adapters(digests: tuple[str | None, str | None]) -> None:
-    first, second = digests
+MIX = {"a": 0.7, "b": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        *((None, "a"), ("a", None), ("a", "b"), ("a", {"a": 0.5}), ("a", MIX), (None, MIX)),
+        *(({"a": 0.3, "b": 0.7}, MIX), ({"a": 0.7, "c": 0.3}, MIX), ({"a": -0.7, "b": 0.3}, MIX)),
+        ({"a": 0.7, "b": 0.3000000000000001}, MIX),
+    ],
+    ids=str,
+)
+def test_never_shares_between_adapters(first: Any, second: Any) -> None:
     assert cached_after((range(16), first), (range(16), second)) == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        *((MIX, {"b": 0.3, "a": 0.7}), ("a", {"a": 1.0}), (None, {"a": 0.0})),
+        *(("a", {"a": 1.0, "b": 0.0}), (MIX, {**MIX, "c": -0.0})),
+    ],
+    ids=str,
+)
+def test_shares_between_mixes_that_compute_the_same(first: Any, second: Any) -> None:
+    assert cached_after((range(16), first), (range(16), second)) == 12
 
 
 def test_nothing_is_shared_where_the_prefix_cache_is_off() -> None:
@@ -214,7 +240,7 @@ def test_any_history_keeps_blocks_whole_and_shares_only_what_is_equal(data: st.D
         action = data.draw(st.sampled_from(["admit", "extend", "release"]))
         if action == "admit":
             tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=20))
-            sequence = make(tokens, data.draw(st.sampled_from([None, "a", "b"])))
+            sequence = make(tokens, data.draw(st.sampled_from([None, "a", "b", MIX])))
             if blocks.blocks_for(len(tokens)) > blocks.capacity or not blocks.admit(sequence):
                 continue
             assert sequence.computed < len(tokens)
@@ -234,7 +260,7 @@ def test_any_history_keeps_blocks_whole_and_shares_only_what_is_equal(data: st.D
             continue
         for index, block in enumerate(sequence.block_table):
             end = (index + 1) * blocks.block_tokens
-            prefix = (sequence.digest, tuple(sequence.token_ids[:end]))
+            prefix = (sequence.content, tuple(sequence.token_ids[:end]))
             if end <= sequence.computed:
                 assert content[block] == prefix, "a block with other content was shared"
             elif end <= len(sequence.token_ids):

@@ -61,7 +61,7 @@ def step(*lengths: int, seed: int = 0, samples: bool = True) -> list[Chunk]:
     for length in lengths:
         blocks = -(-length // 4)
         tokens = rng.choices(range(3, VOCAB), k=length)
-        chunks.append(Chunk(tokens, 0, [*range(block, block + blocks)], None, samples))
+        chunks.append(Chunk(tokens, 0, [*range(block, block + blocks)], (), samples))
         block += blocks
     return chunks
 
@@ -111,7 +111,7 @@ def test_a_token_s_bits_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     alone = runner.logits([chunk]).clone()
     for others in [(1,), (1,) * 7, (60,), (9, 1, 33)]:
         company = step(*others, seed=4)
-        moved = Chunk(chunk.token_ids, 0, [40], None, True)
+        moved = Chunk(chunk.token_ids, 0, [40], (), True)
         got = runner.logits([*company, moved])[-1]
         assert torch.equal(got, alone[0]), others
 
@@ -121,8 +121,8 @@ def test_a_step_without_outputs_fills_the_cache(tmp_path: Path) -> None:
     assert runner.program is not None
     (chunk,) = step(9)
     whole = runner.logits([chunk]).clone()
-    first = Chunk(chunk.token_ids[:6], 0, chunk.block_table, None, False)
-    rest = Chunk(chunk.token_ids[6:], 6, chunk.block_table, None, True)
+    first = Chunk(chunk.token_ids[:6], 0, chunk.block_table, (), False)
+    rest = Chunk(chunk.token_ids[6:], 6, chunk.block_table, (), True)
     assert runner.logits([first]).shape == (0, VOCAB)
     assert torch.allclose(runner.logits([rest]), whole, atol=1e-5)
 

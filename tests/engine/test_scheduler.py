@@ -210,6 +210,137 @@ def test_resident_adapters_get_their_turn_back() -> None:
     assert world.slots.loads >= 200 // (TURN_STEPS + 1)
 
 
+def test_a_mix_runs_once_all_of_its_adapters_are_there() -> None:
+    world = World(slots=3, budget=64)
+    world.add("mix", 3, new=4, adapter="a+b+c")
+    world.add("single", 3, new=4, adapter="b")
+    assert world.step() == [("mix", 3), ("single", 3)]
+    assert world.slots.loads == 3
+    assert [world.slots.references(adapter) for adapter in "abc"] == [1, 2, 1]
+    world.run()
+    assert not any(world.slots.references(adapter) for adapter in "abc")
+
+
+@pytest.mark.parametrize("second", ["d+e+f", "c+d", "a+b", "c+d+e"])
+def test_two_mixes_that_compete_for_slots_take_turns(second: str) -> None:
+    world = World(slots=3, budget=64, blocks=400)
+    world.add("first", 3, new=60, adapter="a+b+c")
+    world.add("second", 3, new=60, adapter=second)
+    ran = [name for _ in range(80) for name, _ in world.step()]
+    counts = Counter(ran)
+    shared = set("abc") >= set(second.split("+"))
+    if shared:
+        assert counts["first"] == counts["second"] == 60
+    else:
+        assert abs(counts["first"] - counts["second"]) <= TURN_STEPS + 1
+        runs = [len(list(run)) for _, run in groupby(ran)]
+        assert max(runs) <= TURN_STEPS + 1
+    world.run()
+    assert sorted(world.finished) == ["first", "second"]
+
+
+@pytest.mark.parametrize("needs", ["m+n", "m+n+o", "r0+m", "m+n+o+r0"])
+@pytest.mark.parametrize("new", [1, 6, 40])
+def test_a_mix_does_not_starve_behind_single_adapters(needs: str, new: int) -> None:
+    slots = 4
+    world = World(slots=slots, budget=256, most=400, blocks=8000)
+    held = [f"r{i}" for i in range(slots)]
+    for step in range(10):
+        steady(world, held, step, new)
+        world.step()
+    mix = world.add("mix", 3, new=new, adapter=needs)
+    waited = 0
+    for step in range(10, 10 + 8 * PATIENCE_STEPS):
+        # Others that nobody has had before come as well, one after the other.
+        steady(world, [*held, f"w{step % 7}"], step, new)
+        world.step()
+        if mix.output_length:
+            break
+        waited += 1
+    assert waited <= TURN_STEPS + 1
+    for step in range(1000, 1000 + 8 * PATIENCE_STEPS):
+        if "mix" in world.finished:
+            break
+        steady(world, [*held, f"w{step % 7}"], step, new)
+        world.step()
+    else:
+        # It gets whole turns, and not only a step now and then.
+        assert mix.output_length >= min(new, 2 * TURN_STEPS)
+
+
+@pytest.mark.parametrize("new", [1, 6, 40])
+def test_single_adapters_do_not_starve_behind_mixes(new: int) -> None:
+    world = World(slots=3, budget=256, most=400, blocks=8000)
+    mixes = ["a+b+c", "a+d", "b+c+e", "d+e+f"]
+    for step in range(10):
+        steady(world, mixes, step, new)
+        world.step()
+    single = world.add("single", 3, new=new, adapter="s")
+    waited = 0
+    for step in range(10, 10 + 8 * PATIENCE_STEPS):
+        steady(world, mixes, step, new)
+        world.step()
+        if single.output_length:
+            break
+        waited += 1
+    # Mixes that came before may each have a turn first.
+    assert waited <= len(mixes) * TURN_STEPS
+
+
+def test_a_single_adapter_and_a_mix_with_it_share_the_slot_and_both_get_turns() -> None:
+    world = World(slots=2, budget=64, blocks=900)
+    for adapter in ("a", "a+b", "w"):
+        world.add(adapter, 3, new=200, adapter=adapter)
+    ran = Counter(name for _ in range(300) for name, _ in world.step())
+    assert min(ran.values()) >= 60
+
+
+def test_slots_that_a_mix_waits_for_go_to_nobody_else() -> None:
+    world = World(slots=3, budget=64, blocks=400)
+    world.slots.pinned.add("p")
+    for name, adapter in (("pinned", "p"), ("holder", "a"), ("gone", "b")):
+        world.add(name, 3, new=2 if name == "gone" else 30, adapter=adapter)
+    for _ in range(2):
+        world.step()
+    # It waits until "a" has had its turn, as if it had been parked before; "b" is idle meanwhile.
+    world.scheduler._turns._turns["a",].resumed = True
+    world.add("mix", 3, new=3, adapter="c+d")
+    world.add("late", 3, new=1, adapter="b")
+    world.add("other", 3, new=1, adapter="e")
+    world.add("another pinned", 3, new=1, adapter="p")
+    ran = [dict(world.step()) for _ in range(TURN_STEPS - 2)]
+    assert all("mix" not in step and "late" not in step and "other" not in step for step in ran)
+    assert "another pinned" in ran[0]
+    assert all("holder" in step for step in ran)
+    assert "mix" in dict(world.step())
+    world.run()
+
+
+def test_a_mix_that_must_wait_for_a_higher_priority_holds_up_nobody() -> None:
+    world = World(slots=2, budget=64, blocks=400)
+    world.add("important", 3, new=40, adapter="a", priority=1)
+    world.step()
+    world.add("mix", 3, new=2, adapter="c+d")
+    world.add("single", 3, new=2, adapter="e")
+    world.run()
+    assert world.finished == ["single", "important", "mix"]
+
+
+def test_one_broken_adapter_ends_every_request_that_needs_it() -> None:
+    world = World(slots=3, budget=64)
+    world.slots.broken.add("bad")
+    for adapter in ("a+bad", "bad", "bad+c", "a+c"):
+        world.add(adapter, 3, adapter=adapter, new=1)
+    plan = world.scheduler.schedule()
+    assert [s.sequence.request.request_id for s in plan] == ["a+c"]
+    assert sorted(s.request.request_id for s, _ in world.scheduler.failed) == [
+        "a+bad",
+        "bad",
+        "bad+c",
+    ]
+    world.scheduler.check_integrity()
+
+
 def test_a_broken_adapter_ends_its_requests_and_no_others() -> None:
     world = World(slots=1, budget=64)
     world.slots.broken.add("bad")
@@ -254,7 +385,7 @@ def test_finishing_early_frees_everything(end: str) -> None:
 REQUEST = st.tuples(
     st.integers(1, 24),
     st.integers(1, 8),
-    st.sampled_from([None, "a", "b", "c", "d", "bad"]),
+    st.sampled_from([None, "a", "b", "c", "d", "bad", "a+b", "b+c+d", "a+bad", "c+e"]),
     st.integers(-1, 1),
     st.integers(0, 6),
 )
@@ -290,6 +421,8 @@ def test_everything_ends_whatever_comes(
     world.slots.broken.add("bad")
     names = []
     for number, (prompt, new, adapter, priority, pause) in enumerate(requests):
+        if adapter is not None and adapter.count("+") >= slots:
+            continue  # refused before it is queued
         names.append(str(number))
         world.add(str(number), [5] * prompt, new, adapter, priority)
         for _ in range(pause):

@@ -84,7 +84,7 @@ CALLS = {
             torch.randn(5, 3),
             torch.randn(2, 3),
             torch.randn(2, 3),
-            torch.tensor([[1, 4, 1]], dtype=torch.int32),
+            torch.tensor([[1, 4, 1, 0]], dtype=torch.int32),
         ),
     ),
     "store_kv_": (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from manylora_kernels import scale_shift_, store_kv_
+from manylora_kernels.tile_plan import float_bits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -15,6 +16,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def signed(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return (noise + 0.1 * noise.sign()).to(dtype)
+
+
+def table(segments: list[tuple[int, int, int, float]]) -> torch.Tensor:
+    bits = float_bits([weight for *_, weight in segments])
+    rows = [(*segment[:3], weight) for segment, weight in zip(segments, bits, strict=True)]
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,21 +35,22 @@ def test_scale_shift_equals_the_equation(tokens: int, dtype: torch.dtype) -> Non
         scale[row] = math.nan
         shift[row] = math.nan
     middle = tokens // 2
-    segments = [(0, min(1, tokens), used[0])]
+    segments = [(0, min(1, tokens), used[0], 1.0)]
     if tokens > 2:
-        segments += [(middle, middle + 1, used[1]), (tokens - 1, tokens, used[2])]
+        segments += [(middle, middle + 1, used[1], 1.0), (tokens - 1, tokens, used[2], -0.75)]
     if tokens > 10:
-        segments += [(2, 9, used[0])]
+        # The last three tokens of the first are in both, one after the other.
+        segments += [(2, 9, used[0], 0.5), (6, 11, used[1], -2.0)]
     y = signed(tokens, width, seed=3, dtype=dtype)
     expected = y.double()
     size = torch.zeros_like(expected)
-    for start, end, row in segments:
+    for start, end, row, weight in segments:
         for token in range(start, end):
-            product = y[token].double() * scale[row].double()
-            expected[token] = product + shift[row].double()
-            size[token] = product.abs() + shift[row].double().abs()
+            offset = weight * shift[row].double()
+            expected[token] = expected[token] * scale[row].double() + offset
+            size[token] = (size[token] + y[token].abs()) * scale[row].abs() + offset.abs()
     before = y.clone()
-    scale_shift_(y, scale, shift, torch.tensor(segments, dtype=torch.int32))
+    scale_shift_(y, scale, shift, table(segments))
     error = (y.double() - expected).abs()
     assert bool((error <= 2 * torch.finfo(dtype).eps * size).all())
     outside = size.sum(dim=1) == 0
@@ -52,8 +60,8 @@ def test_scale_shift_equals_the_equation(tokens: int, dtype: torch.dtype) -> Non
 def test_scale_shift_of_no_segments_and_of_empty_ones() -> None:
     y, scale, shift = signed(4, 3, seed=1), signed(2, 3, seed=2), signed(2, 3, seed=3)
     before = y.clone()
-    scale_shift_(y, scale, shift, torch.empty(0, 3, dtype=torch.int32))
-    scale_shift_(y, scale, shift, torch.tensor([[2, 2, 1]], dtype=torch.int32))
+    scale_shift_(y, scale, shift, torch.empty(0, 4, dtype=torch.int32))
+    scale_shift_(y, scale, shift, table([(2, 2, 1, 1.0)]))
     assert torch.equal(y, before)
 
 
@@ -64,7 +72,7 @@ def test_scale_shift_refuses_other_shapes(rows: int, width: int) -> None:
             torch.zeros(4, 7),
             torch.zeros(rows, width),
             torch.zeros(2, width),
-            torch.empty(0, 3, dtype=torch.int32),
+            torch.empty(0, 4, dtype=torch.int32),
         )
 
 

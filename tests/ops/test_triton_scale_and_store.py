@@ -27,18 +27,21 @@ def test_scale_shift_equals_the_equation(dtype: torch.dtype) -> None:
     scale[[0, 2]], shift[[0, 2]] = math.nan, math.nan
     y = signed(tokens, width, seed=3, dtype=dtype)
     y[1] = math.nan
-    segments = [Segment(0, 1, 7), Segment(2, 6, 8), Segment(8, 8, 9), Segment(11, 12, 9)]
+    segments = [
+        *(Segment(0, 1, 7), Segment(2, 6, 8, 0.5), Segment(8, 8, 9), Segment(11, 12, 9)),
+        *(Segment(4, 8, 9, -2.0), Segment(5, 6, 7, 0.25)),
+    ]
     rows = {7: 4, 8: 1, 9: 3}
     table = SegmentMap(segments, tokens, device=DEVICE).resolve_rows(rows)
     assert table is not None
     assert table.device == DEVICE
     expected, size = y.double(), torch.zeros_like(y).double()
-    for start, end, slot, _ in segments:
-        product = y[start:end].double() * scale[rows[slot]].double()
-        expected[start:end] = product + shift[rows[slot]].double()
-        size[start:end] = product.abs() + shift[rows[slot]].double().abs()
+    for start, end, slot, weight in segments:
+        factor, offset = scale[rows[slot]].double(), weight * shift[rows[slot]].double()
+        expected[start:end] = expected[start:end] * factor + offset
+        size[start:end] = (size[start:end] + y[start:end].abs()) * factor.abs() + offset.abs()
     before = y.clone()
-    padded = torch.cat((table, table.new_zeros(3, 3)))
+    padded = torch.cat((table, table.new_zeros(3, 4)))
     scale_shift_(y, scale, shift, padded)
     outside = size.sum(dim=1) == 0
     assert torch.equal(y[outside].nan_to_num(), before[outside].nan_to_num())
@@ -48,8 +51,8 @@ def test_scale_shift_equals_the_equation(dtype: torch.dtype) -> None:
 def test_scale_shift_of_nothing() -> None:
     y, pool = signed(4, 3, seed=1), signed(2, 3, seed=2)
     before = y.clone()
-    scale_shift_(y, pool, pool, torch.zeros(0, 3, dtype=torch.int32, device=DEVICE))
-    scale_shift_(y[:0], pool, pool, torch.zeros(1, 3, dtype=torch.int32, device=DEVICE))
+    scale_shift_(y, pool, pool, torch.zeros(0, 4, dtype=torch.int32, device=DEVICE))
+    scale_shift_(y[:0], pool, pool, torch.zeros(1, 4, dtype=torch.int32, device=DEVICE))
     assert torch.equal(y, before)
 
 

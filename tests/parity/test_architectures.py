@@ -81,7 +81,7 @@ def test_mixed_batch_equals_peft(architecture: str, quantization: str, tmp_path:
         arrivals.setdefault(step // 2, []).append(arriving)
     outputs = run(core, arrivals)
 
-    mixed = [{chunk.slot for chunk in step} for step in recorder.steps]
+    mixed = [{chunk.adapters for chunk in step} for step in recorder.steps]
     assert max(len(slots) for slots in mixed) >= 4, "the batches were hardly mixed"
     assert core.scheduler.preemptions > 0, "nothing was preempted"
     oracle = Oracle(folder, quantization, adapters)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from manylora_server.core.errors import (
     AdapterNotFoundError,
+    AdapterRefusedError,
     ContextLengthError,
     InvalidRequestError,
     ManyloraError,
@@ -25,17 +26,21 @@ from manylora_server.core.errors import (
 )
 from manylora_server.core.types import (
     AdapterChoice,
+    AdapterMix,
     FinishReason,
     Request,
     RequestOutput,
     TokenLogprob,
 )
+from manylora_server.engine.limits import EngineLimits
 from manylora_server.model.tokenizer import Tokenizer
+from manylora_store.errors import AdapterUnsupportedError
 from manylora_store.records import AdapterRecord
 from support.fake_adapters import FakeAdapterService
 
 REPLY = "Grüße, world."
 BASE = "org/base"
+SLOTS = 3
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -80,6 +85,12 @@ class FakeCatalog:
             raise AdapterNotFoundError(f"adapter: no {reference!r}.", param="adapter")
         return AdapterChoice(name, found.digest)
 
+    def check_mixable(self, mix: AdapterMix) -> None:
+        """As the real one: ``dora`` is not linear."""
+        dora = self._records.get("dora")
+        if dora is not None and not mix.plain and dora.digest in mix.digests:
+            raise AdapterRefusedError(AdapterUnsupportedError("adapter: 'dora' cannot be mixed."))
+
     def get(self, name: str) -> AdapterRecord | None:
         return self._records.get(name)
 
@@ -115,6 +126,9 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.tokenizer = byte_tokenizer()
         self.adapters = FakeCatalog(self.names)
+        self.limits = EngineLimits(
+            self.max_model_len, self.max_model_len, self.vocab_size, self.max_unfinished, SLOTS
+        )
         self.adapter_service = FakeAdapterService()
         self.requests: list[Request] = []
         self.running: set[str] = set()
@@ -182,7 +196,7 @@ class FakeEngine:
 
     def _outputs(self, request: Request) -> list[RequestOutput]:
         sampling = request.sampling
-        reply = REPLY if request.adapter is None else f"{request.adapter.name}: {REPLY}"
+        reply = REPLY if request.adapter is None else f"{request.adapter.label}: {REPLY}"
         ids = self.tokenizer.encode(reply)
         reason = FinishReason.STOP if len(ids) <= sampling.max_tokens else FinishReason.LENGTH
         ids = ids[: sampling.max_tokens]

@@ -95,7 +95,10 @@ class Served:
 
     def logits(self) -> torch.Tensor:
         """Return logits with the adapter and without, out of one batch."""
-        chunks = [Chunk(PROMPT, 0, [1 + row], slot, True) for row, slot in enumerate((0, None))]
+        chunks = [
+            Chunk(PROMPT, 0, [1 + row], adapters, True)
+            for row, adapters in enumerate((((0, 1.0),), ()))
+        ]
         return self._runner.logits(chunks)
 
 

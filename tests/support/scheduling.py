@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from manylora_server.core.errors import AdapterLoadError
-from manylora_server.core.types import AdapterChoice, Readiness, Request, SamplingParams
+from manylora_server.core.types import AdapterChoice, AdapterMix, Readiness, Request, SamplingParams
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.scheduler import Scheduled, Scheduler
 from manylora_server.engine.sequence import Sequence, SequenceStatus
@@ -39,22 +41,31 @@ class FakeSlots:
         self.expected[digest] -= 1
         assert self.expected[digest] >= 0
 
-    def prepare(self, digest: str) -> Readiness:
-        assert self.expected[digest], "prepared for nobody"
-        if digest not in self.holders:
-            if self.arriving[digest]:
-                return Readiness.LOADING
-            free = [i for i, d in enumerate(self.holders) if d is None or self._idle(d)]
-            if not free:
-                return Readiness.NO_ROOM
+    def prepare(self, digests: tuple[str, ...]) -> Readiness:
+        assert all(self.expected[digest] for digest in digests), "prepared for nobody"
+        missing = [digest for digest in digests if digest not in self.holders]
+        if any(self.arriving[digest] for digest in missing):
+            return Readiness.LOADING
+        if self.shortage(digests):
+            return Readiness.NO_ROOM
+        for digest in missing:
             if digest in self.broken:
-                raise AdapterLoadError("it is broken")
+                raise AdapterLoadError("it is broken", digest)
+        self.promised.update(digests)
+        for digest in missing:
+            free = self._free(())
             order = [self.recent.index(d) if (d := self.holders[i]) else -1 for i in free]
             self.holders[free[order.index(min(order))]] = digest
             self.recent = [d for d in self.recent if d != digest] + [digest]
             self.loads += 1
-        self.promised.add(digest)
         return Readiness.READY
+
+    def shortage(self, digests: tuple[str, ...]) -> int:
+        missing = [digest for digest in digests if digest not in self.holders]
+        return max(0, len(missing) - len(self._free(digests)))
+
+    def fits(self, digests: Iterable[str]) -> bool:
+        return len({*digests, *self.pinned}) <= len(self.holders)
 
     def acquire(self, digest: str) -> int:
         self.held[digest] = self.held.get(digest, 0) + 1
@@ -73,8 +84,21 @@ class FakeSlots:
     def kept(self, digest: str) -> bool:
         return digest in self.promised or digest in self.pinned
 
+    def _free(self, needed: Iterable[str]) -> list[int]:
+        return [
+            index
+            for index, digest in enumerate(self.holders)
+            if digest is None or (digest not in needed and self._idle(digest))
+        ]
+
     def _idle(self, digest: str) -> bool:
         return not self.held.get(digest) and not self.kept(digest)
+
+
+def mix_of(names: str) -> AdapterMix:
+    """Return ``a``, or ``a+b`` in equal parts; each name is its own digest."""
+    members = names.split("+")
+    return AdapterMix(tuple((AdapterChoice(n, n), 1 / len(members)) for n in members))
 
 
 class World:
@@ -107,6 +131,7 @@ class World:
         adapter: str | None = None,
         priority: int = 0,
     ) -> Sequence:
+        """Queue a request; ``adapter`` may be several names with ``+`` between them."""
         # Prompts of a number of tokens share nothing with each other.
         first = 1000 * int(self.clock + 1)
         tokens = [first + i for i in range(prompt)] if isinstance(prompt, int) else prompt
@@ -116,7 +141,7 @@ class World:
                 name,
                 tuple(tokens),
                 SamplingParams(max_tokens=new),
-                None if adapter is None else AdapterChoice(adapter, adapter),
+                None if adapter is None else mix_of(adapter),
                 priority,
                 arrival=self.clock,
             )
@@ -162,6 +187,5 @@ class World:
             assert scheduled.completes == (scheduled.count == sequence.remaining)
             room = len(sequence.block_table) * self.scheduler.blocks.block_tokens
             assert room >= sequence.computed + scheduled.count
-            if sequence.digest is not None:
-                assert sequence.slot is not None
-                assert self.slots.holders[sequence.slot] == sequence.digest
+            holders = self.slots.holders
+            assert tuple(holders[slot] for slot in sequence.slots) == sequence.adapters

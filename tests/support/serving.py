@@ -12,7 +12,13 @@ import torch
 
 from manylora_server.core.config import EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.observer import NullObserver
-from manylora_server.core.types import AdapterChoice, Request, RequestOutput, SamplingParams
+from manylora_server.core.types import (
+    AdapterChoice,
+    AdapterMix,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.engine.build import build_engine
 from manylora_server.engine.engine import Engine
@@ -75,7 +81,9 @@ def build(
     return engine
 
 
-def publish_unchecked(home: Path, base: Path, name: str, folder: Path) -> None:
+def publish_unchecked(
+    home: Path, base: Path, name: str, folder: Path, *, unmixable: str | None = None
+) -> None:
     """Register an adapter for a base as if a server had checked and measured it."""
     store = AdapterStore(home)
     files = open_folder(folder, name, "test")
@@ -91,6 +99,7 @@ def publish_unchecked(home: Path, base: Path, name: str, folder: Path) -> None:
         base_model=None,
         created_at=time.time(),
         source="test",
+        unmixable=unmixable,
         base_fingerprint=base_fingerprint(base),
         receipt={},
     )
@@ -106,11 +115,13 @@ def inner(engine: AsyncEngine) -> Engine:
 def request(
     request_id: str,
     prompt: Sequence[int],
-    adapter: AdapterChoice | None = None,
+    adapter: AdapterChoice | AdapterMix | None = None,
     **sampling: Any,
 ) -> Request:
     """Return a greedy request, unless ``sampling`` says otherwise."""
     settings = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}
+    if isinstance(adapter, AdapterChoice):
+        adapter = AdapterMix.of(adapter)
     return Request(request_id, tuple(prompt), SamplingParams(**settings), adapter)
 
 

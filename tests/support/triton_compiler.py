@@ -120,7 +120,7 @@ def launch_all(dtype: torch.dtype) -> None:
     pool, x = torch.empty(64, 4096, dtype=dtype), torch.empty(64, 4096, dtype=dtype)
     nothing = (plan.segments, plan.weights, None, None, None, None, 0)
     lora.lora_delta_triton(x.clone(), x, pool, pool, *nothing, plan.plan)
-    table = torch.zeros(1, 3, dtype=torch.int32)
+    table = torch.zeros(1, 4, dtype=torch.int32)
     scale.scale_shift_triton(x.clone(), pool, pool, table)
     for shape in ((4096, 4096), (4100, 4100)):
         blocks = shape[0] * shape[1] // 64 + 1

@@ -36,7 +36,7 @@ from pathlib import Path
 from manylora_server.api.metrics import PrometheusMetrics
 from manylora_server.cli.serve import running_engine
 from manylora_server.core.config import ModelConfig, ServerConfig
-from manylora_server.core.types import Request, SamplingParams
+from manylora_server.core.types import AdapterMix, Request, SamplingParams
 from manylora_server.demo import BASE_DIR, demo_adapters
 
 quantization, home = sys.argv[1:]
@@ -52,7 +52,7 @@ async def answer(engine, adapter):
         request_id=f"r-{adapter}",
         prompt_token_ids=(5, 6, 7),
         sampling=SamplingParams(max_tokens=3, temperature=0.0),
-        adapter=adapter and engine.adapters.resolve(adapter),
+        adapter=adapter and AdapterMix.of(engine.adapters.resolve(adapter)),
     )
     return [output async for output in engine.generate(request)][-1].finish_reason
 

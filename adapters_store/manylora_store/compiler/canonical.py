@@ -14,16 +14,21 @@ unmodified module's output is always ``scaling * A[:, x] B``.
 
 ``g`` and ``shift`` are absent (1 and 0) for most adapters. DoRA's magnitude gives ``g``; a bias of
 the adapter's own, which PEFT adds outside of ``g``, is folded into ``shift`` with the base's ``b``.
-A module whose weights the adapter replaces outright (``modules_to_save``, trained norms or biases
-of norms, embeddings saved with the adapter) carries ``replacement``: all of the module's own
+That is all there is for a norm whose bias was trained: ``y = norm(x) + shift``.
+A module whose weights the adapter replaces outright (``modules_to_save``, embeddings saved with the
+adapter) carries ``replacement``: all of the module's own
 parameters, by name, in the shapes of ``ModuleSpec.parameters``. It stands in for ``W`` and ``b``
 above (``e`` still applies); deltas go on top of it.
+
+What an adapter adds to its base, ``scaling * B A x`` and ``shift``, can be weighted, and several
+adapters' can be summed. ``g`` and ``replacement`` can not: an adapter with one of these is used
+alone and at full weight (``nonlinear_parts``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -96,6 +101,18 @@ class ModulePatch:
     output_scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     replacement: Mapping[str, torch.Tensor] | None = None
+
+
+_LINEAR_PARTS = frozenset({"low_rank", "shift"})
+
+
+def nonlinear_parts(patch: ModulePatch) -> tuple[str, ...]:
+    """Return the names of ``patch``'s parts that a weighted sum of adapters cannot contain."""
+    return tuple(
+        part.name
+        for part in fields(patch)
+        if part.name not in _LINEAR_PARTS and getattr(patch, part.name) is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)

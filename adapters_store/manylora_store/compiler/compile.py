@@ -13,7 +13,13 @@ from manylora_store.checkpoint.tensors import read_tensors
 from manylora_store.checkpoint.weights import WeightFile
 from manylora_store.compiler.accounting import Ledger
 from manylora_store.compiler.base_changes import BaseChanges, find_base_changes
-from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter, ModulePatch, ModuleSpec
+from manylora_store.compiler.canonical import (
+    BaseLayout,
+    CompiledAdapter,
+    ModulePatch,
+    ModuleSpec,
+    nonlinear_parts,
+)
 from manylora_store.compiler.lowrank import (
     dora_scale,
     low_rank,
@@ -68,6 +74,7 @@ def compile_adapter(files: AdapterFiles, layout: BaseLayout) -> CompiledAdapter:
         created_at=time.time(),
         source=files.source,
         warnings=tuple(warnings),
+        unmixable=_unmixable(patches),
     )
     return CompiledAdapter(record, patches)
 
@@ -119,7 +126,7 @@ class _Compiler:
             return ModulePatch(replacement=self._replaced(spec))
         changed = self._changes.parameters.get(name, {})
         replacement: dict[str, torch.Tensor] | None = None
-        if "weight" in changed or (changed and spec.kind != "linear"):
+        if "weight" in changed or (changed and spec.kind == "embedding"):
             replacement = {
                 parameter: changed[parameter]
                 if parameter in changed
@@ -211,6 +218,26 @@ def _warnings(
         yield "bias = 'lora_only', but the file holds no biases; the base's are used"
     if not any(_has_effect(patch) for patch in patches):
         yield "the adapter has no effect: every low-rank product is zero and nothing else changes"
+
+
+_NOT_LINEAR = {
+    "output_scale": ("scales the outputs", " (DoRA)"),
+    "replacement": ("replaces the weights", " (modules_to_save, or trained embeddings)"),
+}
+
+
+def _unmixable(patches: Mapping[str, ModulePatch]) -> str | None:
+    """Return which part of which module keeps the adapter from being weighted and summed."""
+    found: dict[str, list[str]] = {}
+    for module, patch in patches.items():
+        for part in nonlinear_parts(patch):
+            found.setdefault(part, []).append(module)
+    reasons = []
+    for part, modules in found.items():
+        what, how = _NOT_LINEAR.get(part, (f"changes the {part}", ""))
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        reasons.append(f"it {what} of {modules[0]!r}{more}{how}")
+    return "; ".join(reasons) or None
 
 
 def _has_effect(patch: ModulePatch) -> bool:

@@ -8,7 +8,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from manylora_store.records import AdapterRecord, BlobRef, RevisionFiles, RevisionRef
+from manylora_store.records import (
+    NEVER_EXAMINED,
+    AdapterRecord,
+    BlobRef,
+    RevisionFiles,
+    RevisionRef,
+)
 from manylora_store.registry.names import can_be_a_name, comparable, unknown
 from manylora_store.registry.schema import adapters, history, revisions
 
@@ -177,12 +183,14 @@ def to_facts(record: AdapterRecord) -> dict[str, Any]:
         "bytes": record.bytes,
         "base_model": record.base_model,
         "warnings": list(record.warnings),
+        "unmixable": record.unmixable,
     }
 
 
 def from_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """Return ``to_facts``'s result as the record's fields."""
     return {
+        "unmixable": NEVER_EXAMINED,
         **facts,
         "target_modules": tuple(facts["target_modules"]),
         "warnings": tuple(facts["warnings"]),

@@ -1,7 +1,8 @@
 """``scale_shift_``: one program for each token and block of columns.
 
-Each looks through the segments for those of its token: there are at most as many as sequences,
-and they stay in cache. So the grid depends on shapes only.
+Each looks through the segments for those of its token: there are at most as many as sequences
+with adapters, and they stay in cache. So the grid depends on shapes only. The row is read and
+written once, however many of its segments there are.
 """
 
 from __future__ import annotations
@@ -34,15 +35,20 @@ def _scale_shift(
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
     place = y + token.to(tl.int64) * y_stride + column
+    before = tl.load(place, mask=inside)
+    after = before.to(tl.float32)
+    found = 0
     for index in range(count):
-        segment = segments + index * 3
+        segment = segments + index * 4
         if (tl.load(segment) <= token) & (token < tl.load(segment + 1)):
             pool = tl.load(segment + 2).to(tl.int64) * pool_stride + column
-            before = tl.load(place, mask=inside)
+            weight = tl.load(segment + 3).to(tl.float32, bitcast=True)
             factor = tl.load(scale + pool, mask=inside).to(tl.float32)
             offset = tl.load(shift + pool, mask=inside).to(tl.float32)
-            after = before.to(tl.float32) * factor + offset
-            tl.store(place, after.to(before.dtype), mask=inside)
+            after = after * factor + weight * offset
+            found = 1
+    if found > 0:
+        tl.store(place, after.to(before.dtype), mask=inside)
 
 
 @register("scale_shift_", TRITON)

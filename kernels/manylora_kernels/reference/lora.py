@@ -63,5 +63,7 @@ def scale_shift_(
     y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, segments: torch.Tensor
 ) -> None:
     """See ``ops.scale_shift_``."""
-    for start, end, row in segments.tolist():
-        torch.addcmul(shift[row], y[start:end], scale[row], out=y[start:end])
+    weights = segments[:, 3].contiguous().view(torch.float32).tolist()
+    for (start, end, row, _), weight in zip(segments.tolist(), weights, strict=True):
+        offset = shift[row] if weight == 1.0 else shift[row] * weight
+        torch.addcmul(offset, y[start:end], scale[row], out=y[start:end])

@@ -78,7 +78,7 @@ def own_route(
             token_ids=prompt[start:end],
             start=start,
             block_table=range(1 + index * _BLOCKS, 1 + (index + 1) * _BLOCKS),
-            slot=None if adapter is None else _SLOT,
+            adapters=() if adapter is None else ((_SLOT, 1.0),),
             sample=True,
         )
         for index, prompt in enumerate(prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from manylora_server.core.errors import (
     AdapterInUseError,
@@ -14,8 +14,12 @@ from manylora_server.core.errors import (
     InvalidRequestError,
 )
 from manylora_server.core.store_errors import store_errors_translated
-from manylora_server.core.types import AdapterChoice
-from manylora_store.errors import AdapterIncompatibleError, UnknownAdapterError
+from manylora_server.core.types import AdapterChoice, AdapterMix
+from manylora_store.errors import (
+    AdapterIncompatibleError,
+    AdapterUnsupportedError,
+    UnknownAdapterError,
+)
 from manylora_store.records import AdapterRecord
 from manylora_store.store import AdapterStore
 
@@ -37,6 +41,7 @@ class AdapterCatalog:
         self.on_unused: Callable[[str], None] = lambda digest: None
         self._lock = threading.Lock()
         self._leases: Counter[tuple[str, str]] = Counter()
+        self._mixes: Counter[frozenset[str]] = Counter()
         self._removing: set[str] = set()
         self._retired: set[str] = set()
         self._epoch = 0
@@ -102,31 +107,68 @@ class AdapterCatalog:
         with store_errors_translated():
             return self.store.count()
 
-    def lease(self, choice: AdapterChoice) -> None:
-        """Take note that an accepted request uses ``choice``.
+    def check_mixable(self, mix: AdapterMix) -> None:
+        """Raise ``AdapterRefusedError`` if ``mix`` weights or sums what is not linear."""
+        if mix.plain:
+            return
+        names = {choice.digest: choice.name for choice, _ in mix.members}
+        for digest in mix.digests:
+            with store_errors_translated(param="adapter"):
+                revision = self.store.revision(digest)
+            if revision is None:
+                raise AdapterNotFoundError(
+                    f"adapter: {names[digest]!r} was removed just now.", param="adapter"
+                )
+            if revision.unmixable is not None:
+                raise AdapterRefusedError(
+                    AdapterUnsupportedError(
+                        f"adapter: {names[digest]!r} cannot be part of a mix, nor have a weight "
+                        f"other than 1: {revision.unmixable}. Only what is added to the base can "
+                        "be weighted and summed; name this adapter alone."
+                    )
+                )
 
-        Raises ``AdapterNotFoundError`` if it was removed since it was resolved.
+    def lease(self, *choices: AdapterChoice) -> None:
+        """Take note that an accepted request uses ``choices``: all of them, or none.
+
+        Raises ``AdapterNotFoundError`` if one was removed since it was resolved.
         """
         with self._lock:
-            self._refuse_removing(choice.name)
-            if choice.epoch != self._epoch:
-                with store_errors_translated(param="adapter"):
-                    self.store.resolve(choice.name, choice.digest)
-            self._leases[choice.name, choice.digest] += 1
+            for choice in choices:
+                self._refuse_removing(choice.name)
+                if choice.epoch != self._epoch:
+                    with store_errors_translated(param="adapter"):
+                        self.store.resolve(choice.name, choice.digest)
+            for choice in choices:
+                self._leases[choice.name, choice.digest] += 1
+            if len(choices) > 1:
+                self._mixes[frozenset(choice.digest for choice in choices)] += 1
 
-    def release(self, choice: AdapterChoice) -> None:
-        """Take note that a request that had a lease on ``choice`` has ended."""
+    def release(self, *choices: AdapterChoice) -> None:
+        """Take note that a request that had a lease on ``choices`` has ended."""
+        unused: list[str] = []
         with self._lock:
-            key = (choice.name, choice.digest)
-            self._leases[key] -= 1
-            assert self._leases[key] >= 0, "released more often than leased"
-            if not self._leases[key]:
-                del self._leases[key]
-            unused = choice.digest in self._retired and not self._leased(choice.digest)
-            if unused:
-                self._retired.discard(choice.digest)
-        if unused:
-            self.on_unused(choice.digest)
+            for choice in choices:
+                key = (choice.name, choice.digest)
+                self._leases[key] -= 1
+                assert self._leases[key] >= 0, "released more often than leased"
+                if not self._leases[key]:
+                    del self._leases[key]
+                if choice.digest in self._retired and not self._leased(choice.digest):
+                    self._retired.discard(choice.digest)
+                    unused.append(choice.digest)
+            if len(choices) > 1:
+                mix = frozenset(choice.digest for choice in choices)
+                self._mixes[mix] -= 1
+                if not self._mixes[mix]:
+                    del self._mixes[mix]
+        for digest in unused:
+            self.on_unused(digest)
+
+    def most_at_once(self, digests: Collection[str]) -> int:
+        """Return how many adapters ``digests`` and any one of the mixes in use are together."""
+        with self._lock:
+            return max((len(mix.union(digests)) for mix in self._mixes), default=len(digests))
 
     def in_use(self, name: str) -> int:
         """Return how many accepted requests use any revision under ``name``."""

@@ -23,7 +23,7 @@ from manylora_store.intake.names import AdapterNameError, check_name
 from manylora_store.intake.open import open_staged
 from manylora_store.intake.sources import fetch
 from manylora_store.intake.staging import Staging
-from manylora_store.records import AdapterRecord, Publication
+from manylora_store.records import NEVER_EXAMINED, AdapterRecord, Publication
 from manylora_store.store import AdapterStore
 
 
@@ -90,6 +90,7 @@ class Intake:
                 known is None
                 or known.base_fingerprint != self.base_fingerprint
                 or known.receipt is None
+                or known.unmixable == NEVER_EXAMINED
             ):
                 return None
             # With its files, which mends what may have become of the stored ones.

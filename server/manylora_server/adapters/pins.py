@@ -35,7 +35,10 @@ class Pins:
         self._lock = asyncio.Lock()
 
     async def set(self, name: str, pinned: bool) -> AdapterRecord:
-        """Pin or unpin ``name``; ``AdapterConflictError`` if no slot would be left for others."""
+        """Pin or unpin ``name``.
+
+        ``AdapterConflictError`` if no slot would be left for others, or too few for a mix in use.
+        """
         async with self._lock:
             if pinned:
                 await self._check_room(name)
@@ -58,6 +61,15 @@ class Pins:
             raise AdapterConflictError(
                 f"name: {len(others)} adapters are pinned to the {slots} slots already, and one "
                 "slot must stay for the others; unpin one, or start the server with more "
+                "--adapter-slots.",
+                param="name",
+            )
+        with store_errors_translated(param="name"):
+            wanted = await in_thread(self._store.resolve, name)
+        if self._catalog.most_at_once({*others, wanted.digest}) > slots:
+            raise AdapterConflictError(
+                f"name: a request that mixes adapters needs more of the {slots} slots than pinning "
+                f"{name!r} would leave; try again once it has ended, or start the server with more "
                 "--adapter-slots.",
                 param="name",
             )

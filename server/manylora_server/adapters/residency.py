@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 
 from manylora_server.adapters.host_tier import HostTier
@@ -13,6 +13,7 @@ from manylora_server.core.errors import AdapterLoadError, ManyloraError, Overloa
 from manylora_server.core.observer import EngineObserver
 from manylora_server.core.types import Readiness
 from manylora_server.model.slots import AdapterSlots, SlotState
+from manylora_store.compiler.canonical import CompiledAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -109,32 +110,50 @@ class Residency:
         for digest in list(self._pins_to_load):
             self._load_pinned(digest)
 
-    def prepare(self, digest: str) -> Readiness:
-        """Say whether the adapter is ready, doing what can be done at once to make it so.
+    def prepare(self, digests: Collection[str]) -> Readiness:
+        """Say whether all of the adapters are ready, doing what can be done at once to make it so.
 
-        A ready adapter keeps its slot until the next step begins. Raises ``AdapterLoadError``.
+        They get slots together or not at all, so that two mixes cannot wait for each other's; and
+        only once all of them are in host memory. Those that are ready or on their way keep their
+        slots until the next step begins. Raises ``AdapterLoadError``.
         """
-        failed = self._failed.pop(digest, None)
-        if failed is not None:
-            raise failed
-        state = self.slots.state(digest)
-        if state is SlotState.EMPTY:
-            try:
-                adapter = self.host.peek(digest)
-            except Exception as error:
-                raise _load_error(error) from error
-            if adapter is None:
-                self.host.request(digest, now=True)
-                return Readiness.LOADING
-            if not self.slots.begin(digest, adapter, self._promised | self.pinned):
-                return Readiness.NO_ROOM
+        for digest in digests:
+            failed = self._failed.pop(digest, None)
+            if failed is not None:
+                raise failed
+        missing = self._missing(digests)
+        if len(digests) > 1 and not self.fits(digests):
+            raise AdapterLoadError(
+                f"the mix needs {len(digests)} adapters on the device at once, but of its "
+                f"{len(self.slots)} slots too many are pinned to others"
+            )
+        arrived: dict[str, CompiledAdapter] = {}
+        for digest in missing:
+            adapter = self._arrived(digest)
+            if adapter is not None:
+                arrived[digest] = adapter
+        if len(arrived) < len(missing):
+            return Readiness.LOADING
+        if self.shortage(digests) > 0:
+            return Readiness.NO_ROOM
+        self._promised.update(digests)
+        for digest, adapter in arrived.items():
+            begun = self.slots.begin(digest, adapter, self._promised | self.pinned)
+            assert begun, "there was room for all"
             self._began[digest] = time.perf_counter()
             self.host.taken(digest)
             self._note_device()
-        self._promised.add(digest)
-        if state is not SlotState.READY and not self._advance(digest):
-            return Readiness.LOADING
-        return Readiness.READY
+        ready = [self._advance(digest) for digest in digests]
+        return Readiness.READY if all(ready) else Readiness.LOADING
+
+    def shortage(self, digests: Collection[str]) -> int:
+        """Return how many slots are lacking now for the adapters to be on the device together."""
+        kept = {*self._promised, *self.pinned, *digests}
+        return max(0, len(self._missing(digests)) - self.slots.room(kept))
+
+    def fits(self, digests: Iterable[str]) -> bool:
+        """Whether there are slots enough for the adapters and all pinned ones together."""
+        return len({*digests, *self.pinned}) <= len(self.slots)
 
     def acquire(self, digest: str) -> int:
         """Return the slot of an adapter that ``prepare`` found ready, with one more reference."""
@@ -158,12 +177,25 @@ class Residency:
         assert self._interest == Counter(live), "expected adapters and live requests disagree"
         assert self.on_device == frozenset(self.slots.resident)
 
+    def _missing(self, digests: Iterable[str]) -> list[str]:
+        return [digest for digest in digests if self.slots.state(digest) is SlotState.EMPTY]
+
+    def _arrived(self, digest: str) -> CompiledAdapter | None:
+        """Return the adapter from host memory; where it is not there, have it brought first."""
+        try:
+            adapter = self.host.peek(digest)
+        except Exception as error:
+            raise _load_error(digest, error) from error
+        if adapter is None:
+            self.host.request(digest, now=True)
+        return adapter
+
     def _advance(self, digest: str) -> bool:
         try:
             ready = self.slots.advance(digest, self._until)
         except Exception as error:
             self._loaded(digest, succeeded=False)
-            raise _load_error(error) from error
+            raise _load_error(digest, error) from error
         if ready and digest in self._began:
             self._loaded(digest, succeeded=True)
         return ready
@@ -180,7 +212,7 @@ class Residency:
         """Go on with what an operator asked for, and answer once it is decided."""
         error: ManyloraError | None = None
         try:
-            readiness = self.prepare(digest)
+            readiness = self.prepare((digest,))
         except AdapterLoadError as failure:
             error = failure
         else:
@@ -206,7 +238,7 @@ class Residency:
     def _load_pinned(self, digest: str) -> None:
         """Go on with bringing a pinned adapter in; it waits as long as every slot is in use."""
         try:
-            readiness = self.prepare(digest)
+            readiness = self.prepare((digest,))
         except AdapterLoadError as error:
             logger.error("pinned adapter %s: %s", digest[:12], error.message)
             self._pins_to_load.discard(digest)
@@ -215,5 +247,5 @@ class Residency:
             self._pins_to_load.discard(digest)
 
 
-def _load_error(error: Exception) -> AdapterLoadError:
-    return AdapterLoadError(f"the adapter could not be loaded: {error}")
+def _load_error(digest: str, error: Exception) -> AdapterLoadError:
+    return AdapterLoadError(f"the adapter could not be loaded: {error}", digest)

@@ -87,11 +87,17 @@ Content = Annotated[
 ]
 
 
+# Beyond this, a weight times an adapter's scaling may be no float32 any more.
+LARGEST_WEIGHT = 1e6
+AdapterName = Annotated[str, Field(min_length=1)]
+Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
+
+
 class WeightedAdapter(StrictModel):
     """One adapter of a mix."""
 
-    name: Annotated[str, Field(min_length=1)]
-    weight: float = 1.0
+    name: AdapterName
+    weight: Weight = 1.0
 
 
 def _adapter_branch(value: Any) -> str | None:
@@ -106,8 +112,8 @@ def _adapter_branch(value: Any) -> str | None:
 
 Adapter = Annotated[
     Annotated[None, Tag("<base>")]
-    | Annotated[str, Field(min_length=1), Tag("<name>")]
-    | Annotated[dict[str, float], Field(min_length=1), Tag("<weights>")]
+    | Annotated[AdapterName, Tag("<name>")]
+    | Annotated[dict[AdapterName, Weight], Field(min_length=1), Tag("<weights>")]
     | Annotated[list[WeightedAdapter], Field(min_length=1), Tag("<list>")],
     Discriminator(
         _adapter_branch,

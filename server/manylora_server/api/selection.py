@@ -12,10 +12,13 @@ from manylora_server.core.errors import (
     InvalidRequestError,
     ModelNotFoundError,
 )
-from manylora_server.core.types import AdapterChoice
+from manylora_server.core.types import AdapterChoice, AdapterMix
 
 if TYPE_CHECKING:
     from manylora_server.engine.async_engine import AsyncEngine
+
+
+Sent = str | dict[str, float] | list[WeightedAdapter] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Selection:
     """``model`` is the id to answer with; ``adapter`` is ``None`` for the base."""
 
     model: str
-    adapter: AdapterChoice | None
+    adapter: AdapterMix | None
 
 
 def select(engine: AsyncEngine, body: GenerationRequest) -> Selection:
@@ -33,16 +36,15 @@ def select(engine: AsyncEngine, body: GenerationRequest) -> Selection:
     name or ``base:adapter``; left out, it means the base. An ``adapter`` that is given, be it
     ``null``, decides; a ``model`` that names another adapter then contradicts it (400).
     """
-    by_model = resolve_model(engine, body.model)
+    named = resolve_model(engine, body.model)
+    by_model = None if named is None else AdapterMix.of(named)
     model = body.model if body.model is not None else engine.model_name
     if "adapter" not in body.model_fields_set:
         return Selection(model, by_model)
-    reference = _reference(body.adapter)
-    chosen = None if reference is None else engine.adapters.resolve(reference)
+    chosen = _mix(engine, body.adapter)
     if by_model is not None and by_model != chosen:
-        wanted = "null (the base)" if reference is None else repr(reference)
         raise InvalidRequestError(
-            f"adapter: {wanted} contradicts model {body.model!r}; send the base's id "
+            f"adapter: {_described(chosen)} contradicts model {body.model!r}; send the base's id "
             f"{engine.model_name!r} as model, or leave adapter out.",
             param="adapter",
         )
@@ -67,26 +69,42 @@ def resolve_model(engine: AsyncEngine, model: str | None) -> AdapterChoice | Non
         ) from error
 
 
-def _reference(
-    adapter: str | dict[str, float] | list[WeightedAdapter] | None,
-) -> str | None:
-    """Return the one reference that ``adapter`` holds; ``None`` for the base."""
-    if adapter is None or isinstance(adapter, str):
-        return adapter
-    if isinstance(adapter, dict):
-        mix = list(adapter.items())
-    else:
-        mix = [(item.name, item.weight) for item in adapter]
-    names = [name for name, _ in mix]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise InvalidRequestError(
-            f"adapter: {repeated!r} is listed more than once; give each adapter one weight.",
-            param="adapter",
-        )
-    if len(mix) != 1 or mix[0][1] != 1.0:
-        raise InvalidRequestError(
-            "adapter: weighted mixes are not supported yet; name one adapter, with weight 1.",
-            param="adapter",
-        )
-    return names[0]
+def _mix(engine: AsyncEngine, sent: Sent) -> AdapterMix | None:
+    """Return the adapters that ``sent`` means, with their weights; ``None`` for the base."""
+    if sent is None:
+        return None
+    if isinstance(sent, str):
+        return AdapterMix.of(engine.adapters.resolve(sent))
+    weights = _weights(sent)
+    # Before the registry is asked for each of them.
+    engine.limits.check_members(len(weights))
+    mix = AdapterMix(
+        tuple((engine.adapters.resolve(name), weight) for name, weight in weights.items())
+    )
+    engine.adapters.check_mixable(mix)
+    return mix
+
+
+def _weights(sent: dict[str, float] | list[WeightedAdapter]) -> dict[str, float]:
+    """Return the weight of each reference, in the order that they came in."""
+    if isinstance(sent, dict):
+        return sent
+    weights: dict[str, float] = {}
+    for item in sent:
+        if item.name in weights:
+            raise InvalidRequestError(
+                f"adapter: {item.name!r} is listed more than once; give each adapter one weight.",
+                param="adapter",
+            )
+        weights[item.name] = item.weight
+    return weights
+
+
+def _described(mix: AdapterMix | None) -> str:
+    if mix is None:
+        return "null (the base)"
+    if mix == AdapterMix.of(mix.members[0][0]):
+        return repr(mix.members[0][0].name)
+    return "the mix of " + ", ".join(
+        f"{weight:g} {choice.name!r}" for choice, weight in mix.members
+    )

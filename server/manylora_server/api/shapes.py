@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from manylora_server.api.planning import Plan
-from manylora_server.core.types import AdapterChoice, RequestOutput, TokenLogprob
+from manylora_server.core.types import AdapterMix, RequestOutput, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -62,11 +62,14 @@ def envelope(plan: Plan, object_name: str, choices: list[Json]) -> Json:
     }
 
 
-def adapter_field(adapter: AdapterChoice | None) -> list[Json] | None:
-    """Return the adapters that answered, with their weights; ``None`` for the base."""
-    if adapter is None:
+def adapter_field(mix: AdapterMix | None) -> list[Json] | None:
+    """Return the adapters that answered, with their weights as sent; ``None`` for the base."""
+    if mix is None:
         return None
-    return [{"name": adapter.name, "digest": adapter.digest, "weight": 1.0}]
+    return [
+        {"name": choice.name, "digest": choice.digest, "weight": weight}
+        for choice, weight in mix.members
+    ]
 
 
 def usage(plan: Plan, finals: Sequence[RequestOutput]) -> Json:

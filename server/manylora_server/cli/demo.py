@@ -27,7 +27,7 @@ from manylora_server.core.config import (
 )
 from manylora_server.core.errors import StartupError
 from manylora_server.core.observer import StepStats
-from manylora_server.core.types import Request, SamplingParams
+from manylora_server.core.types import AdapterMix, Request, SamplingParams
 
 if TYPE_CHECKING:
     from manylora_server.engine.async_engine import AsyncEngine
@@ -131,7 +131,7 @@ async def _complete(engine: AsyncEngine, prompt: str, adapter: str | None) -> Co
         request_id=f"demo-{adapter or ''}",
         prompt_token_ids=tuple(engine.tokenizer.encode(prompt)),
         sampling=SamplingParams(max_tokens=DEMO_TOKENS, temperature=0.0),
-        adapter=None if adapter is None else engine.adapters.resolve(adapter),
+        adapter=None if adapter is None else AdapterMix.of(engine.adapters.resolve(adapter)),
     )
     texts = [output.text async for output in engine.generate(request)]
     return Completion(adapter, "".join(texts))

@@ -156,7 +156,14 @@ class EngineFailureError(ManyloraError):
 
 
 class AdapterLoadError(ManyloraError):
-    """An adapter that was accepted could not be brought to the device."""
+    """An adapter that was accepted could not be brought to the device.
+
+    ``digest`` is the adapter's; without one, nothing is wrong with any single adapter.
+    """
+
+    def __init__(self, message: str, digest: str | None = None) -> None:
+        super().__init__(message)
+        self.digest = digest
 
 
 class StorageError(ManyloraError):

@@ -33,7 +33,10 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """One request at its end. ``adapter`` is its name, ``None`` for the base; times in seconds."""
+    """One request at its end; times in seconds.
+
+    ``adapter`` is its name, ``AdapterMix.label`` for a mix, ``None`` for the base.
+    """
 
     adapter: str | None
     finish_reason: FinishReason

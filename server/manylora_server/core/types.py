@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,67 @@ class AdapterChoice:
     epoch: int = field(default=0, compare=False)
 
 
+MIX_LABEL = "_mix"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMix:
+    """One request's adapters, whose weighted effects are summed: ``W x + sum w_i s_i B_i A_i x``.
+
+    ``members`` are as the client listed them. ``terms`` are what is computed, ``(digest, weight)``
+    by digest: the weights of one content under several names are added up, and what has no weight
+    is left out. So neither the order nor the names change the numbers, and a mix without terms is
+    the base.
+    """
+
+    members: tuple[tuple[AdapterChoice, float], ...]
+    terms: tuple[tuple[str, float], ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        weights: dict[str, list[float]] = {}
+        for choice, weight in self.members:
+            weights.setdefault(choice.digest, []).append(weight)
+        sums = ((digest, math.fsum(parts)) for digest, parts in sorted(weights.items()))
+        object.__setattr__(self, "terms", tuple(term for term in sums if term[1] != 0.0))
+
+    @classmethod
+    def of(cls, choice: AdapterChoice) -> AdapterMix:
+        """Return ``choice`` alone, as it is."""
+        return cls(((choice, 1.0),))
+
+    @property
+    def choices(self) -> tuple[AdapterChoice, ...]:
+        """The revisions that the request uses; each once."""
+        return tuple(dict.fromkeys(choice for choice, _ in self.members))
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The adapters that must be on the device, in the order of ``terms``."""
+        return tuple(digest for digest, _ in self.terms)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights, in the order of ``terms``."""
+        return tuple(weight for _, weight in self.terms)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one adapter as it is, or the base."""
+        return not self.terms or self.weights == (1.0,)
+
+    @property
+    def key(self) -> str | None:
+        """What is computed, in one word: a digest; digests with weights; ``None`` for the base."""
+        if self.plain:
+            return self.terms[0][0] if self.terms else None
+        return "+".join(f"{digest}*{weight.hex()}" for digest, weight in self.terms)
+
+    @property
+    def label(self) -> str:
+        """The adapter's name; one word for all mixes of several, of which there is no end."""
+        return self.members[0][0].name if len(self.members) == 1 else MIX_LABEL
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One accepted generation request; ``adapter`` is ``None`` for the base.
@@ -95,7 +157,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    adapter: AdapterChoice | None = None
+    adapter: AdapterMix | None = None
     priority: int = 0
     deadline: float | None = None
     arrival: float = field(default_factory=time.monotonic)

@@ -34,7 +34,7 @@ _STALLED_S = 0.02
 class _Stream:
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[RequestOutput]
-    adapter: AdapterChoice | None
+    leased: tuple[AdapterChoice, ...]
 
 
 class AsyncEngine:
@@ -112,7 +112,7 @@ class AsyncEngine:
         """Raise the ``ManyloraError`` for which ``request`` could not be accepted now, if any."""
         if not self.ready:
             raise NotReadyError("the server is starting or shutting down; try again later.")
-        self.limits.check(request, self.unfinished)
+        self.limits.check(request, self.unfinished, self._engine.residency.pinned)
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """Run ``request`` and yield its outputs as they come; the last has a finish reason.
@@ -121,15 +121,15 @@ class AsyncEngine:
         aborts the request.
         """
         self.validate(request)
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), request.adapter)
+        leased = () if request.adapter is None else request.adapter.choices
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), leased)
         request_id = request.request_id
         with self._lock:
             # Under the lock, so that the thread's last look at its inbox sees every request.
             if self._stopped:
                 raise NotReadyError("the server is shutting down.")
             assert request_id not in self._streams, "request ids must be unique"
-            if request.adapter is not None:
-                self.adapters.lease(request.adapter)
+            self.adapters.lease(*leased)
             self._streams[request_id] = stream
             self._inbox.put(request)
         finished = False
@@ -295,7 +295,7 @@ class AsyncEngine:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Send each output to its stream, with one wake-up per event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
-        ended: list[AdapterChoice] = []
+        ended: list[tuple[AdapterChoice, ...]] = []
         with self._lock:
             for output in outputs:
                 stream = self._streams.get(output.request_id)
@@ -303,11 +303,10 @@ class AsyncEngine:
                     continue
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
-                    if stream.adapter is not None:
-                        ended.append(stream.adapter)
+                    ended.append(stream.leased)
                 by_loop.setdefault(stream.loop, []).append((stream, output))
-        for choice in ended:
-            self.adapters.release(choice)
+        for leased in ended:
+            self.adapters.release(*leased)
         for loop, items in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, items)

@@ -178,6 +178,7 @@ def assemble(
         max_cached_tokens=blocks.capacity * config.kv_block_tokens,
         vocab_size=loaded.vocab_size,
         max_unfinished=config.max_queue + config.max_sequences,
+        adapter_slots=config.adapter_slots,
     )
     logger.info(
         "KV cache: %d blocks of %d tokens; context %d tokens; %d adapters registered, %d slots, "

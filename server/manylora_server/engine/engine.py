@@ -12,6 +12,7 @@ import torch
 
 from manylora_server.adapters.residency import Residency
 from manylora_server.core.config import EngineConfig
+from manylora_server.core.errors import AdapterLoadError
 from manylora_server.core.observer import (
     EngineObserver,
     EngineState,
@@ -151,7 +152,7 @@ class Engine:
             StepStats(
                 seconds=seconds,
                 batch_tokens=sum(scheduled.count for scheduled in plan),
-                distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
+                distinct_adapters=len({digest for s in plan for digest in s.sequence.adapters}),
                 preemptions=preempted,
             )
         )
@@ -163,7 +164,7 @@ class Engine:
         scheduler = self.scheduler
         scheduler.check_integrity()
         self.residency.check_integrity(
-            [live.sequence.digest for live in self._live.values() if live.sequence.digest]
+            [digest for live in self._live.values() for digest in live.sequence.adapters]
         )
         known = {s.request.request_id for s in (*scheduler.waiting, *scheduler.running)}
         assert known == set(self._live), "the scheduler and the engine disagree on what is live"
@@ -179,7 +180,7 @@ class Engine:
 
     def _failed_loads(self) -> list[RequestOutput]:
         failed, self.scheduler.failed = self.scheduler.failed, []
-        return [self._fail(sequence, error.message) for sequence, error in failed]
+        return [self._fail(sequence, _blamed(sequence, error)) for sequence, error in failed]
 
     def _fail(self, sequence: Sequence, message: str) -> RequestOutput:
         live = self._live[sequence.request.request_id]
@@ -261,7 +262,7 @@ class Engine:
                 reason, stop_reason = FinishReason.STOP, rest.stop
         self.observer.on_finish(
             FinishedRequest(
-                adapter=None if request.adapter is None else request.adapter.name,
+                adapter=None if request.adapter is None else request.adapter.label,
                 finish_reason=reason,
                 seconds=time.monotonic() - request.arrival,
                 prompt_tokens=sequence.prompt_length,
@@ -284,7 +285,7 @@ class Engine:
 
     def _observe_token(self, live: _Live, now: float) -> None:
         request = live.sequence.request
-        adapter = None if request.adapter is None else request.adapter.name
+        adapter = None if request.adapter is None else request.adapter.label
         if live.last_token_time is None:
             self.observer.on_first_token(adapter, now - request.arrival)
         else:
@@ -309,6 +310,14 @@ class Engine:
         )
 
 
+def _blamed(sequence: Sequence, error: AdapterLoadError) -> str:
+    """Return why ``sequence`` fails; of several adapters, which one is at fault."""
+    mix = sequence.request.adapter
+    members = () if mix is None or len(mix.members) < 2 else mix.choices
+    name = next((choice.name for choice in members if choice.digest == error.digest), None)
+    return error.message if name is None else f"adapter {name!r}: {error.message}"
+
+
 def _chunk(scheduled: Scheduled) -> Chunk:
     sequence = scheduled.sequence
     start, end = sequence.computed, sequence.computed + scheduled.count
@@ -316,6 +325,6 @@ def _chunk(scheduled: Scheduled) -> Chunk:
         token_ids=sequence.token_ids[start:end],
         start=start,
         block_table=sequence.block_table,
-        slot=sequence.slot,
+        adapters=sequence.weighted_slots,
         sample=scheduled.completes,
     )

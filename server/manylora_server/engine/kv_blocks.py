@@ -3,9 +3,10 @@
 A block is *used* (referenced by sequences), *cached* (unreferenced, but its content is a known
 prefix; least recently used first to be given away) or *free*. Block 0 is never given out.
 
-Full blocks are known by a chained digest of their tokens, rooted in the adapter's digest: two
-requests share a block only if every token up to its end and the adapter's content are the same.
-A name or a slot is never part of it, so a name that moves to new content cannot find old blocks.
+Full blocks are known by a chained digest of their tokens, rooted in the adapter's digest, or in
+the digests and weights of a mix: two requests share a block only if every token up to its end and
+all that its rows are computed with are the same. A name or a slot is never part of it, so a name
+that moves to new content cannot find old blocks.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class KVBlocks:
         while len(hashes) < count:
             start = len(hashes) * self.block_tokens
             tokens = sequence.token_ids[start : start + self.block_tokens]
-            parent = hashes[-1] if hashes else (sequence.digest or "base").encode()
+            parent = hashes[-1] if hashes else (sequence.content or "base").encode()
             hashes.append(hashlib.sha256(parent + b"|" + array("q", tokens).tobytes()).digest())
 
     def _reference(self, block: int) -> None:

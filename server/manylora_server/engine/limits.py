@@ -10,15 +10,21 @@ from manylora_server.core.types import Request
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Tokens of prompt and output together, and requests unfinished at the same time."""
+    """Tokens of prompt and output together, requests unfinished at the same time, and slots."""
 
     max_model_len: int
     max_cached_tokens: int
     vocab_size: int
     max_unfinished: int
+    adapter_slots: int
 
-    def check(self, request: Request, unfinished: int) -> None:
-        """Raise the ``ManyloraError`` for which ``request`` cannot be accepted, if any."""
+    def check(
+        self, request: Request, unfinished: int, pinned: frozenset[str] = frozenset()
+    ) -> None:
+        """Raise the ``ManyloraError`` for which ``request`` cannot be accepted, if any.
+
+        ``pinned`` are the adapters whose slots are not to be had.
+        """
         prompt = len(request.prompt_token_ids)
         if prompt == 0:
             raise InvalidRequestError(
@@ -38,7 +44,26 @@ class EngineLimits:
                 "larger --kv-cache-memory.",
                 param="max_tokens",
             )
+        digests = () if request.adapter is None else request.adapter.digests
+        if len(digests) > 1:
+            self.check_members(len(digests))
+            if len(pinned.union(digests)) > self.adapter_slots:
+                raise OverloadedError(
+                    f"adapter: the mix needs {len(digests)} of the "
+                    f"{self.adapter_slots} adapter slots at once, and too many are pinned to "
+                    "others; try again later, or unpin one.",
+                    param="adapter",
+                )
         if unfinished >= self.max_unfinished:
             raise OverloadedError(
                 f"{self.max_unfinished} requests are running or waiting; try again later."
+            )
+
+    def check_members(self, count: int) -> None:
+        """Raise ``InvalidRequestError`` for a mix of more adapters than can be on the device."""
+        if count > self.adapter_slots:
+            raise InvalidRequestError(
+                f"adapter: a mix of {count} adapters; at most {self.adapter_slots} are on the "
+                "device at once. Name fewer, or start the server with more --adapter-slots.",
+                param="adapter",
             )

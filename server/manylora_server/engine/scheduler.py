@@ -5,14 +5,17 @@ is: sequences that only need their next token, then prefill of running sequences
 each by priority and arrival. A sequence for which no KV block is left preempts the running one
 that is last in that order; a preempted sequence is computed again from its tokens later.
 
-A sequence whose adapter is not on the device waits without holding up others; where adapters
-outnumber device slots they take turns (``slot_turns``).
+A sequence whose adapters are not on the device waits without holding up others; where adapters
+outnumber device slots they take turns (``slot_turns``). A mix gets the slots of all its adapters at
+once or none. Where the most pressing party that waits for slots needs several, those that become
+free are not given to others meanwhile, so that single adapters cannot starve it; it waits for one
+turn of each at the most, and so do those behind it.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +23,7 @@ from manylora_server.core.errors import AdapterLoadError
 from manylora_server.core.types import Readiness
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.sequence import Sequence, SequenceStatus
-from manylora_server.engine.slot_turns import SlotTurns, claims
+from manylora_server.engine.slot_turns import Claim, Party, SlotTurns, claims, out_of_reach
 
 
 class SlotProvider(Protocol):
@@ -29,11 +32,17 @@ class SlotProvider(Protocol):
     def begin_step(self) -> None:
         """Take promises back."""
 
-    def prepare(self, digest: str) -> Readiness:
-        """Say whether the adapter is ready, and make it so if possible.
+    def prepare(self, digests: Party) -> Readiness:
+        """Say whether all of the adapters are ready, and make them so together if possible.
 
         Raises ``AdapterLoadError``.
         """
+
+    def shortage(self, digests: Party) -> int:
+        """Return how many slots more the adapters need than are to be had now."""
+
+    def fits(self, digests: Iterable[str]) -> bool:
+        """Whether the adapters can be on the device at once, beside those that must stay."""
 
     def acquire(self, digest: str) -> int:
         """Return the slot of a ready adapter, referenced."""
@@ -85,9 +94,9 @@ class Scheduler:
         self._turns = SlotTurns()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence; its adapter is brought to the device from now on."""
-        if sequence.digest is not None:
-            self._slots.expect(sequence.digest)
+        """Queue a new sequence; its adapters are brought to the device from now on."""
+        for digest in sequence.adapters:
+            self._slots.expect(digest)
         self._wait(sequence)
 
     def schedule(self) -> list[Scheduled]:
@@ -126,19 +135,20 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        if sequence.digest is not None:
-            self._slots.forget(sequence.digest)
+        for digest in sequence.adapters:
+            self._slots.forget(digest)
 
     def check_integrity(self) -> None:
         """Assert that blocks and slots are held by running sequences and by nobody else."""
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
         assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
-        assert all(not s.block_table and s.slot is None for s in self.waiting)
+        assert all(not s.block_table and not s.slots for s in self.waiting)
         self.blocks.check_integrity(self.running)
         held: dict[str, int] = {}
         for sequence in self.running:
-            if sequence.digest is not None:
-                held[sequence.digest] = held.get(sequence.digest, 0) + (not sequence.parked)
+            assert len(sequence.slots) in (0, len(sequence.adapters)), "half of a mix has slots"
+            for digest in sequence.adapters:
+                held[digest] = held.get(digest, 0) + (not sequence.parked)
         for digest, count in held.items():
             assert self._slots.references(digest) == count, "slot references and users disagree"
 
@@ -167,47 +177,65 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
-        self._release_slot(sequence)
+        self._release_slots(sequence)
 
-    def _release_slot(self, sequence: Sequence) -> None:
-        if sequence.slot is None:
+    def _release_slots(self, sequence: Sequence) -> None:
+        if not sequence.slots:
             return
-        self._slots.release(sequence.slot)
-        sequence.slot = None
-        assert sequence.digest is not None
-        if not self._slots.references(sequence.digest):
-            self._turns.ended(sequence.digest)
+        for slot in sequence.slots:
+            self._slots.release(slot)
+        sequence.slots = ()
+        self._turns.left(sequence.adapters)
 
-    def _take_slot(self, sequence: Sequence) -> None:
-        assert sequence.digest is not None
-        self._turns.began(sequence.digest, self._step, resumed=sequence.parked)
-        sequence.slot = self._slots.acquire(sequence.digest)
+    def _take_slots(self, sequence: Sequence) -> None:
+        self._turns.joined(sequence.adapters, self._step, resumed=sequence.parked)
+        sequence.slots = tuple(self._slots.acquire(digest) for digest in sequence.adapters)
 
-    def _grant_slots(self) -> set[str]:
-        """Find out which adapters that are wanted can run, parking others where it is their turn.
+    def _grant_slots(self) -> set[Party]:
+        """Find out which parties that want slots can run, parking others where it is their turn.
 
-        Parked sequences of a ready adapter get its slot back. An adapter that cannot be loaded
-        ends its sequences, which ``failed`` then holds. Returns the digests that are ready.
+        Parked sequences of a party that is ready get their slots back. An adapter that cannot be
+        loaded ends its sequences, which ``failed`` then holds. Returns the parties that are ready.
         """
-        ready: set[str] = set()
+        ready: set[Party] = set()
         parked = [sequence for sequence in self.running if sequence.parked]
+        reserved = False
         for claim in claims([*parked, *self._admissible()], self._step):
+            if claim.sequence.status is SequenceStatus.FINISHED:
+                continue  # It failed with another party that needs the same adapter.
+            if reserved and not self._uses_nothing_new(claim.party):
+                continue
             try:
-                readiness = self._slots.prepare(claim.digest)
-                if readiness is Readiness.NO_ROOM:
-                    victims = self._turns.victim(claim, self.running, self._step, self._slots.kept)
-                    if victims is not None:
-                        self._park(victims)
-                        readiness = self._slots.prepare(claim.digest)
+                readiness = self._prepare(claim)
             except AdapterLoadError as error:
-                self._fail(claim.digest, error)
+                self._fail(claim.party, error)
                 continue
             if readiness is Readiness.READY:
-                ready.add(claim.digest)
+                ready.add(claim.party)
+            elif readiness is Readiness.NO_ROOM:
+                beyond = out_of_reach(claim, self.running)
+                reserved = reserved or self._slots.fits(beyond.union(claim.party))
         for sequence in parked:
-            if sequence.parked and sequence.digest in ready:
-                self._take_slot(sequence)
+            if sequence.parked and sequence.adapters in ready:
+                self._take_slots(sequence)
         return ready
+
+    def _prepare(self, claim: Claim) -> Readiness:
+        """Do what can be done for ``claim``, parking others if need be."""
+        readiness = self._slots.prepare(claim.party)
+        if readiness is not Readiness.NO_ROOM:
+            return readiness
+        shortage = self._slots.shortage(claim.party)
+        kept = self._slots.kept
+        victims = self._turns.victims(claim, self.running, self._step, kept, shortage)
+        if victims is None:
+            return readiness
+        self._park(victims)
+        return self._slots.prepare(claim.party)
+
+    def _uses_nothing_new(self, party: Party) -> bool:
+        """Whether ``party`` can go on without a slot that somebody more pressing waits for."""
+        return self._turns.has(party) or all(self._slots.kept(digest) for digest in party)
 
     def _admissible(self) -> Iterator[Sequence]:
         """Yield the waiting sequences with adapters for which there are seats and blocks."""
@@ -218,32 +246,34 @@ class Scheduler:
             if seats <= 0 or blocks < 0:
                 return
             seats -= 1
-            if sequence.digest is not None:
+            if sequence.adapters:
                 yield sequence
 
     def _park(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            self._release_slot(sequence)
+            self._release_slots(sequence)
             sequence.waits_since = self._step
 
-    def _fail(self, digest: str, error: AdapterLoadError) -> None:
+    def _fail(self, party: Party, error: AdapterLoadError) -> None:
+        """End all sequences that need the adapter at fault; without one, those of ``party``."""
         for sequence in [*self.waiting, *self.running]:
-            if sequence.digest == digest:
+            needs = sequence.adapters
+            if (needs == party) if error.digest is None else (error.digest in needs):
                 self.finish(sequence)
                 self.failed.append((sequence, error))
 
-    def _admit(self, budget: int, ready: set[str]) -> Iterator[Scheduled]:
+    def _admit(self, budget: int, ready: set[Party]) -> Iterator[Scheduled]:
         """Move waiting sequences to running while budget, seats and blocks last."""
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._max_sequences:
                 return
-            if sequence.digest is not None and sequence.digest not in ready:
+            if sequence.adapters and sequence.adapters not in ready:
                 continue
             # Blocks are given in order, so that a long prompt is not passed for ever.
             if not self.blocks.admit(sequence):
                 return
-            if sequence.digest is not None:
-                self._take_slot(sequence)
+            if sequence.adapters:
+                self._take_slots(sequence)
             if sequence.output_length == 0:
                 sequence.cached_tokens = sequence.computed
             self.waiting.remove(sequence)

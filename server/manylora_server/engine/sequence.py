@@ -16,17 +16,20 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """Tokens, KV blocks and adapter slot of one request.
+    """Tokens, KV blocks and adapter slots of one request.
 
-    A running sequence without its adapter's slot is *parked*: it keeps its blocks and goes on
-    once it has a slot again. ``waits_since`` is the scheduler's step at which it began to wait.
+    ``adapters`` are the digests of the adapters it needs on the device, ``slots`` where they are:
+    all of them in the same order, or none. A running sequence without its adapters' slots is
+    *parked*: it keeps its blocks and goes on once it has slots again. ``waits_since`` is the
+    scheduler's step at which it began to wait.
 
     ``token_ids`` is prompt and output; the keys and values of the first ``computed`` of them are
     in ``block_table``, whose first ``committed`` blocks are known for sharing. The scheduler owns
-    ``block_table``, ``slot``, ``computed`` and ``status``.
+    ``block_table``, ``slots``, ``computed`` and ``status``.
     """
 
     __slots__ = (
+        "adapters",
         "block_hashes",
         "block_table",
         "cached_tokens",
@@ -34,7 +37,7 @@ class Sequence:
         "computed",
         "prompt_length",
         "request",
-        "slot",
+        "slots",
         "status",
         "token_ids",
         "waits_since",
@@ -42,6 +45,7 @@ class Sequence:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.adapters = () if request.adapter is None else request.adapter.digests
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_length = len(self.token_ids)
         self.computed = 0
@@ -49,7 +53,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.committed = 0
-        self.slot: int | None = None
+        self.slots: tuple[int, ...] = ()
         self.waits_since = 0
         self.status = SequenceStatus.WAITING
 
@@ -64,16 +68,20 @@ class Sequence:
         return len(self.token_ids) - self.prompt_length
 
     @property
-    def digest(self) -> str | None:
-        """The adapter's digest, ``None`` for the base."""
-        return None if self.request.adapter is None else self.request.adapter.digest
+    def content(self) -> str | None:
+        """What its rows are computed with, ``AdapterMix.key``; ``None`` for the base."""
+        return None if self.request.adapter is None else self.request.adapter.key
+
+    @property
+    def weighted_slots(self) -> tuple[tuple[int, float], ...]:
+        """Each of ``slots`` with its adapter's weight."""
+        mix = self.request.adapter
+        return () if mix is None else tuple(zip(self.slots, mix.weights, strict=True))
 
     @property
     def parked(self) -> bool:
-        """Whether it runs, but its adapter has lost its slot for now."""
-        return (
-            self.status is SequenceStatus.RUNNING and self.slot is None and self.digest is not None
-        )
+        """Whether it runs, but its adapters have lost their slots for now."""
+        return bool(self.adapters) and not self.slots and self.status is SequenceStatus.RUNNING
 
     @property
     def order(self) -> tuple[int, float]:

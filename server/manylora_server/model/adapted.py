@@ -90,15 +90,16 @@ class AdaptedModule(nn.Module):
         return self.patch_rows(x, y, segments)
 
     def _reserve(self, slot: int, patch: ModulePatch) -> None:
-        assert patch.low_rank is None
-        assert patch.output_scale is None
-        assert patch.shift is None
+        """Make room for all of ``patch`` but its replacement."""
+        raise NotImplementedError
 
     def _fill(self, slot: int, patch: ModulePatch) -> None:
         """Copy what ``_reserve`` made room for."""
+        raise NotImplementedError
 
     def _remove(self, slot: int) -> None:
         """Forget what ``_reserve`` made room for."""
+        raise NotImplementedError
 
     def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
         """Return ``y``, the base's output for ``x``, with the patches of ``segments`` applied.
@@ -172,8 +173,9 @@ class AdaptedLinear(AdaptedModule):
 
     @property
     def rank_pools(self) -> tuple[RankPool, ...]:
-        """The pools of low-rank factors."""
-        return (self.ranks, *self.narrow_ranks.values())
+        """The pools of low-rank factors, in one order whichever came first: sums depend on it."""
+        narrow = (self.narrow_ranks.get(dtype) for dtype in NARROW_DTYPES)
+        return (self.ranks, *(pool for pool in narrow if pool is not None))
 
     def _pool_for(self, factors: LowRank) -> RankPool:
         dtype = factors.a.dtype
@@ -197,6 +199,43 @@ class AdaptedLinear(AdaptedModule):
                 weight = weight.t()
             own_bias = parameters.get("bias", bias)
             result[start:end] = F.linear(rows[start:end], weight, own_bias)
+
+
+class AdaptedNorm(AdaptedModule):
+    """``y = norm(x) + shift`` per row, or the norm with parameters of the adapter's own."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: ModuleSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_axis: int = 1,
+    ) -> None:
+        super().__init__(base, spec, dtype, device, token_axis)
+        self.shifts: dict[int, torch.Tensor] = {}
+
+    def _reserve(self, slot: int, patch: ModulePatch) -> None:
+        assert patch.low_rank is None
+        assert patch.output_scale is None
+        if patch.shift is not None:
+            self.shifts[slot] = torch.empty(patch.shift.shape, dtype=self.dtype, device=self.device)
+
+    def _fill(self, slot: int, patch: ModulePatch) -> None:
+        if patch.shift is not None:
+            self.shifts[slot].copy_(patch.shift, non_blocking=True)
+
+    def _remove(self, slot: int) -> None:
+        self.shifts.pop(slot, None)
+
+    def patch_rows(self, x: torch.Tensor, y: torch.Tensor, segments: SegmentMap) -> torch.Tensor:
+        """See ``AdaptedModule.patch_rows``."""
+        y = super().patch_rows(x, y, segments)
+        for start, end, slot, weight in segments.segments:
+            shift = self.shifts.get(slot)
+            if shift is not None:
+                y.narrow(self.token_axis, start, end - start).add_(shift, alpha=weight)
+        return y
 
 
 class AdaptedEmbedding(AdaptedModule):

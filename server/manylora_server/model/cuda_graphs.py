@@ -2,8 +2,9 @@
 
 A step in which every sequence has one token is padded to a bucket of rows and of blocks a table,
 its inputs are copied to fixed addresses, and the bucket's graph is replayed. Adapters differ from
-step to step through tables (``graph_adapters``), so one graph serves every mix of them, and another
-one the steps of the base alone. Anything else, and what a graph cannot do, runs as it always does:
+step to step through tables (``graph_adapters``), so one graph serves every batch of them, another
+one the steps of the base alone, and others those in which a token has up to two, four, ... adapters
+(mixes). Anything else, and what a graph cannot do, runs as it always does:
 prefill, adapters that replace modules or change embeddings, batches over the largest bucket.
 
 A bucket is captured when it comes for the second time, and its first replay must give the logits
@@ -27,7 +28,12 @@ from manylora_server.model.attention import KVCache
 from manylora_server.model.batch import Chunk
 from manylora_server.model.context import ForwardContext, empty_segments, forward_context
 from manylora_server.model.graph_adapters import AdapterTables, blocked_slots
-from manylora_server.model.graph_inputs import StaticInputs, batch_bucket, width_bucket
+from manylora_server.model.graph_inputs import (
+    StaticInputs,
+    batch_bucket,
+    depth_bucket,
+    width_bucket,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ MOST_GRAPHS = 64
 # Of the largest logit. Kernels repeat their bits, but a BLAS may choose otherwise in a capture.
 _TOLERANCE = 2e-2
 
-Bucket = tuple[int, int, bool]
+Bucket = tuple[int, int, int]
 
 
 class Graph(Protocol):
@@ -128,7 +134,7 @@ class DecodeGraphs:
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """The captured buckets: rows, blocks a table, with adapters."""
+        """The captured buckets: rows, blocks a table, adapters a row."""
         return tuple(self._steps)
 
     def invalidate(self) -> None:
@@ -184,7 +190,7 @@ class DecodeGraphs:
         if batch is None or (slots and slots & blocked_slots(modules)):
             return None
         width = width_bucket(max(len(chunk.block_table) for chunk in chunks))
-        return batch, width, bool(slots)
+        return batch, width, depth_bucket(max(len(chunk.adapters) for chunk in chunks))
 
     def _make(
         self,
@@ -194,12 +200,12 @@ class DecodeGraphs:
         modules: Collection[AdaptedModule],
     ) -> _Step | None:
         """Capture the step of ``bucket``, filled with this one; ``None`` if that did not work."""
-        batch, width, adapted = bucket
+        batch, width, depth = bucket
         inputs = StaticInputs(self._cache, batch, width, self._device)
         tables = None
         static = empty_segments(batch)
-        if adapted:
-            tables = AdapterTables(modules, batch, self._device, self._dtype)
+        if depth:
+            tables = AdapterTables(modules, batch, depth, self._device, self._dtype)
             static = tables.segments
             if not tables.fill(segments):
                 return None

@@ -14,9 +14,14 @@ from typing import TypeVar
 import torch
 
 from manylora_kernels import RankExtent, Segment, SegmentMap
-from manylora_kernels.segments import RankSegments
+from manylora_kernels.segments import RankSegments, row_runs
 from manylora_kernels.tile_plan import COLUMNS, ITEM_RANKS, TilePlan, cut
-from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
+from manylora_server.model.adapted import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    AdaptedModule,
+    AdaptedNorm,
+)
 from manylora_server.model.graph_inputs import put
 from manylora_server.model.rank_pool import AffinePool
 
@@ -29,13 +34,15 @@ T = TypeVar("T")
 def blocked_slots(modules: Collection[AdaptedModule]) -> set[int]:
     """Return the slots whose adapters a graph cannot compute.
 
-    Those that replace modules or change embeddings: these are loops over segments.
+    Those that replace modules, shift norms or change embeddings: these are loops over segments.
     """
     blocked: set[int] = set()
     for module in modules:
         blocked.update(module.replacements)
         if isinstance(module, AdaptedEmbedding):
             blocked.update(module.low_rank)
+        elif isinstance(module, AdaptedNorm):
+            blocked.update(module.shifts)
     return blocked
 
 
@@ -73,28 +80,35 @@ class StaticSegments(SegmentMap):
 
 
 class AdapterTables:
-    """The tables of one graph over ``modules`` as they are now, for up to ``batch`` tokens."""
+    """The tables of one graph over ``modules`` as they are now, for up to ``batch`` tokens.
+
+    A token may have ``depth`` adapters at the most.
+    """
 
     def __init__(
         self,
         modules: Collection[AdaptedModule],
         batch: int,
+        depth: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._addresses = _addresses(modules)
         self._ranks = _group([m.ranks.extents for m in modules if isinstance(m, AdaptedLinear)])
         self._affine = _group([pool.rows for pool in _affine_pools(modules)])
-        # Each token may be another adapter's, of the largest rank there is.
+        # Each token may be other adapters', of the largest rank there is.
         self._items = [
-            batch * -(-max(extent.rank for extent in group[0].values()) // ITEM_RANKS)
+            batch * depth * -(-max(extent.rank for extent in group[0].values()) // ITEM_RANKS)
             for group in self._ranks
         ]
         self._batch = batch
+        self._most_rows = batch * depth
         self._plans = torch.zeros(
             sum(self._items) + batch * len(self._items), COLUMNS, dtype=torch.int32, device=device
         )
-        self._rows = torch.zeros(len(self._affine), batch, 3, dtype=torch.int32, device=device)
+        self._rows = torch.zeros(
+            len(self._affine), self._most_rows, 4, dtype=torch.int32, device=device
+        )
         runs: dict[int, RankSegments] = {}
         start = 0
         for group, items in zip(self._ranks, self._items, strict=True):
@@ -144,10 +158,10 @@ class AdapterTables:
             plans += [nothing] * (self._batch - len(cells))
         affine = []
         for rows in (group_rows[0] for group_rows in self._affine):
-            found = [(start, end, rows[s]) for start, end, s, _ in segments if s in rows]
-            if len(found) > self._batch:
+            found = row_runs(segments, rows)
+            if len(found) > self._most_rows:
                 return False
-            affine.append([*found, *[(0, 0, 0)] * (self._batch - len(found))])
+            affine.append([*found, *[(0, 0, 0, 0)] * (self._most_rows - len(found))])
         if plans:
             put(self._plans, plans)
         if affine:

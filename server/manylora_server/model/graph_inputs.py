@@ -34,6 +34,11 @@ def width_bucket(blocks: int) -> int:
     return max(LEAST_WIDTH, 1 << (blocks - 1).bit_length())
 
 
+def depth_bucket(adapters: int) -> int:
+    """Return for how many adapters a row a step has tables: none, or a power of two."""
+    return 1 << (adapters - 1).bit_length() if adapters else 0
+
+
 class StaticInputs:
     """The inputs of decode steps of up to ``batch`` sequences of up to ``width`` blocks.
 

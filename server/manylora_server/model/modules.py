@@ -7,14 +7,19 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from manylora_server.model.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedModule
+from manylora_server.model.adapted import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    AdaptedModule,
+    AdaptedNorm,
+)
 from manylora_server.model.installation import Installation
 from manylora_store.compiler.canonical import BaseLayout, CompiledAdapter, ModuleKind
 
 _WRAPPERS: dict[ModuleKind, type[AdaptedModule]] = {
     "linear": AdaptedLinear,
     "embedding": AdaptedEmbedding,
-    "norm": AdaptedModule,
+    "norm": AdaptedNorm,
 }
 
 

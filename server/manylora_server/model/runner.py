@@ -24,7 +24,7 @@ class ModelRunner:
     """Owns the forward pass: chunks in, logits out.
 
     The batch is ordered so that sequences with one token (decode) come first, and within each
-    half by adapter slot, which makes every adapter's rows contiguous.
+    half by adapter slots and weights, which makes the rows of every adapter or mix contiguous.
     """
 
     def __init__(
@@ -137,15 +137,18 @@ class ModelRunner:
         )
 
 
-def _place(chunk: Chunk) -> tuple[bool, int]:
-    return (len(chunk.token_ids) > 1, -1 if chunk.slot is None else chunk.slot)
+def _place(chunk: Chunk) -> tuple[bool, tuple[tuple[int, float], ...]]:
+    return (len(chunk.token_ids) > 1, chunk.adapters)
 
 
 def _segments(ordered: Sequence[Chunk], starts: Sequence[int]) -> list[Segment]:
-    """Return one segment per run of neighbouring chunks with the same slot; none for the base."""
+    """Return the segments of each run of neighbouring chunks that have the same adapters.
+
+    One for each adapter, over the same rows and in the chunks' order; none for the base.
+    """
     segments = []
-    for slot, run in groupby(range(len(ordered)), key=lambda i: ordered[i].slot):
+    for adapters, run in groupby(range(len(ordered)), key=lambda i: ordered[i].adapters):
         indices = list(run)
-        if slot is not None:
-            segments.append(Segment(starts[indices[0]], starts[indices[-1] + 1], slot))
+        start, end = starts[indices[0]], starts[indices[-1] + 1]
+        segments += [Segment(start, end, slot, weight) for slot, weight in adapters]
     return segments

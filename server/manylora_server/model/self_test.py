@@ -80,7 +80,7 @@ def run_self_test(
                 token_ids=sequences[index][start:end],
                 start=start,
                 block_table=blocks[index][: -(-end // _BLOCK_TOKENS)],
-                slot=None,
+                adapters=(),
                 sample=True,
             )
             for index, start, end in step

@@ -67,6 +67,11 @@ class AdapterSlots:
         index = self._by_digest.get(digest)
         return 0 if index is None else self._slots[index].references
 
+    def room(self, kept: Collection[str] = ()) -> int:
+        """Return how many adapters could be begun now: slots empty, or idle and not kept."""
+        empty = sum(slot.state is SlotState.EMPTY for slot in self._slots)
+        return empty + len(self._idle(kept))
+
     def begin(self, digest: str, adapter: CompiledAdapter, kept: Collection[str] = ()) -> bool:
         """Start to install ``adapter`` in an empty slot or in place of an idle adapter.
 
@@ -144,18 +149,23 @@ class AdapterSlots:
         slot.last_used = self._clock
 
     def _free_slot(self, kept: Collection[str]) -> int | None:
-        idle = []
         for index, slot in enumerate(self._slots):
             if slot.state is SlotState.EMPTY:
                 return index
-            if slot.state is SlotState.READY and not slot.references and slot.digest not in kept:
-                idle.append(index)
+        idle = self._idle(kept)
         if not idle:
             return None
         index = min(idle, key=lambda i: self._slots[i].last_used)
         self._clear(index)
         self._on_evict()
         return index
+
+    def _idle(self, kept: Collection[str]) -> list[int]:
+        return [
+            index
+            for index, slot in enumerate(self._slots)
+            if slot.state is SlotState.READY and not slot.references and slot.digest not in kept
+        ]
 
     def _clear(self, index: int) -> None:
         slot = self._slots[index]

@@ -58,6 +58,7 @@ def test_a_published_adapter_has_all_its_facts(store: AdapterStore) -> None:
         "base_fingerprint": BASE,
         "created_at": 1_700_000_000,
         "source": "hf:org/poet@main",
+        "unmixable": None,
         "warnings": ["a warning"],
         "receipt": {"difference": 1e-6, "threshold": 0.01},
         "pinned": False,

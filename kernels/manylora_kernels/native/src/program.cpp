@@ -1,6 +1,7 @@
 // Replays a recorded forward pass: see program.h.
 #include "program.h"
 
+#include <cstring>
 #include <map>
 #include <new>
 #include <utility>
@@ -108,11 +109,13 @@ void rescale(const Instruction& from, const Bound& at, const Step& step,
   const RescaleRuns& runs = step.rescale[hook.rescale];
   const int64_t width = from.size[2].constant;
   for (int64_t i = 0; i < runs.count; ++i) {
-    const int32_t* run = runs.runs + 3 * i;
+    const int32_t* run = runs.runs + 4 * i;
+    float weight;
+    std::memcpy(&weight, run + 3, sizeof weight);
     for (int64_t token = run[0]; token < run[1]; ++token) {
       float* y = at.out.in(step) + token * at.out_stride[0];
       kernels.binary(kMultiply, width, y, y, false, hook.scale + run[2] * width, false, 1.0f);
-      kernels.binary(kAdd, width, y, y, false, hook.shift + run[2] * width, false, 1.0f);
+      kernels.binary(kAdd, width, y, y, false, hook.shift + run[2] * width, false, weight);
     }
   }
 }

@@ -92,7 +92,7 @@ struct LoraRuns {
   int64_t count;
 };
 
-// Token runs {start, end, row}.
+// Token runs {start, end, row, the bits of a float weight}.
 struct RescaleRuns {
   const int32_t* runs;
   int64_t count;

@@ -71,9 +71,9 @@ def _difference(runner: ModelRunner, program: StepProgram, vocab_size: int) -> f
     """Return the largest difference between replayed and original logits, over their range."""
     tokens = torch.randint(vocab_size, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     steps = (
-        [Chunk(tokens[:7], 0, [1, 2], None, True), Chunk(tokens[:1], 0, [4], None, True)],
-        [Chunk(tokens[7:8], 7, [1, 2], None, True)],
-        [Chunk(tokens[8:], 8, [1, 2, 3], None, False), Chunk(tokens[1:3], 1, [4], None, True)],
+        [Chunk(tokens[:7], 0, [1, 2], (), True), Chunk(tokens[:1], 0, [4], (), True)],
+        [Chunk(tokens[7:8], 7, [1, 2], (), True)],
+        [Chunk(tokens[8:], 8, [1, 2, 3], (), False), Chunk(tokens[1:3], 1, [4], (), True)],
     )
     worst = 0.0
     for step in steps:
