@@ -8,22 +8,13 @@ from dataclasses import replace
 import psutil
 import torch
 
-from manylora_kernels import (
-    available_backends,
-    gpu,
-    native,
-    nf4_linear_in_float,
-    operations,
-    select_backend,
-    selected_backend,
-)
-from manylora_kernels.backends import REFERENCE
+from manylora_kernels import gpu, native, nf4_linear_in_float, selected_backend
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake
 from manylora_server.adapters.receipt import ReceiptMeter
 from manylora_server.adapters.residency import Residency
-from manylora_server.core.config import CpuMath, EngineConfig, ModelConfig, ServerConfig
+from manylora_server.core.config import EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
 from manylora_server.core.observer import EngineObserver
 from manylora_server.engine.async_engine import AsyncEngine
@@ -33,6 +24,7 @@ from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
+from manylora_server.model.compute_backends import select_compiled_backends
 from manylora_server.model.cuda_graphs import DecodeGraphs
 from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
@@ -199,27 +191,6 @@ def assemble(
         thread,
         prepare=lambda: attach_program(runner, loaded, tested, modules),
     )
-
-
-def select_compiled_backends(device: torch.device, cpu_math: CpuMath = "float32") -> None:
-    """Let the fastest backend that fits ``device`` and ``cpu_math`` compute each operation.
-
-    bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
-    """
-    wanted: list[str] = []
-    if device.type == "cpu" and native.missing is None:
-        wanted = [native.NATIVE_INT8] if cpu_math == "int8" else []
-        wanted.append(native.NATIVE)
-    elif device.type == "cuda":
-        reason = gpu.load()
-        if reason is None:
-            wanted.append(gpu.TRITON)
-        else:
-            logger.warning("no Triton kernels, so everything is slower: %s", reason)
-    wanted += ["bitsandbytes", REFERENCE]
-    for operation in operations():
-        available = available_backends(operation)
-        select_backend(operation, next(name for name in wanted if name in available))
 
 
 def check_cpu_math(config: ModelConfig, device: torch.device) -> None:
