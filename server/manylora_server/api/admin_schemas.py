@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from manylora_server.api.query import QueryModel
 from manylora_server.api.strict import StrictModel, only
+from manylora_server.export.job import ExportDtype
+from manylora_store.export.methods import Method
 from manylora_store.intake.names import NAME
 
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
@@ -61,6 +63,31 @@ class RollbackRequest(StrictModel):
     digest: DigestPrefix
 
 
+Weights = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=200)], float], Field(min_length=1)
+]
+
+
+class ExportBody(StrictModel):
+    """``POST /admin/exports``: adapters by name (or ``name@digest``) with their weights."""
+
+    adapters: Weights
+    output: str
+    method: Method = "cat"
+    density: float | None = None
+    dtype: ExportDtype | None = None
+    rank: int | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    adapter_only: bool = False
+
+
+class ExportListQuery(QueryModel):
+    """``GET /admin/exports``: those older than the one called ``after``, at most ``limit``."""
+
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    after: Annotated[str, Field(max_length=100)] | None = None
+
+
 class NoFields(StrictModel):
     """The body of a call that needs none."""
 
@@ -99,6 +126,7 @@ ADMIN_MODELS: tuple[type[StrictModel], ...] = (
     AddAdapterRequest,
     LoadRequest,
     RollbackRequest,
+    ExportBody,
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
 )

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from manylora_server.cli.options import LogFormat, LogFormatOption, Model, size_
 from manylora_server.cli.tables import plain, print_fields, print_json
 from manylora_server.core.collector import collector_paused
 from manylora_server.core.errors import ManyloraError
+from manylora_server.export.job import ExportDtype
 from manylora_server.export.progress import CancelledError, Progress
 from manylora_server.model.deferred_compiler import compiler_deferred
 from manylora_server.model.lean_imports import import_transformers
@@ -62,7 +63,7 @@ Density = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["bf16", "fp16", "fp32", "nf4"] | None,
+    ExportDtype | None,
     typer.Option("--dtype", help="Of the weights; nf4 is bitsandbytes'. (default: the base's own)"),
 ]
 Rank = Annotated[

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,6 +25,7 @@ from manylora_server.engine.engine import Engine
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
+from manylora_server.export.jobs import ExportService
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
 from manylora_server.model.compute_backends import select_compiled_backends
@@ -35,6 +39,9 @@ from manylora_server.model.slots import AdapterSlots
 from manylora_server.model.tokenizer import Tokenizer
 from manylora_store.errors import StoreError
 from manylora_store.store import AdapterStore
+
+if TYPE_CHECKING:
+    from manylora_server.export.export import ServedBase
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,7 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
             config.engine,
             observer,
             thread,
+            lambda engine: _exports(config, loaded.folder, meter, engine),
         )
     except BaseException:
         store.close()
@@ -126,6 +134,7 @@ def assemble(
     config: EngineConfig,
     observer: EngineObserver,
     thread: EngineThread,
+    exports: Callable[[AsyncEngine], ExportService] | None = None,
 ) -> AsyncEngine:
     """Return an engine over a loaded and tested base."""
     max_model_len = min(config.max_model_len or loaded.max_positions, loaded.max_positions)
@@ -190,7 +199,21 @@ def assemble(
         limits,
         thread,
         prepare=lambda: attach_program(runner, loaded, tested, modules),
+        exports=exports,
     )
+
+
+def _exports(
+    config: ServerConfig, base: Path, meter: ReceiptMeter, engine: AsyncEngine
+) -> ExportService:
+    def served() -> ServedBase:
+        # Compiles adapters, which takes PEFT: not before the first export.
+        from manylora_server.export.served import served_base
+
+        return served_base(meter, engine)
+
+    name = config.model.served_name
+    return ExportService(config.home / "exports", base, name, engine.adapters, served)
 
 
 def check_cpu_math(config: ModelConfig, device: torch.device) -> None:

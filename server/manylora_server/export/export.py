@@ -17,10 +17,11 @@ from manylora_server.core.store_errors import store_errors_translated
 from manylora_server.export.base import BaseCheckpoint, open_base
 from manylora_server.export.card import copied_files, copy_files, write_card, write_config
 from manylora_server.export.equivalence import Comparison, doubts
+from manylora_server.export.job import ExportDtype
 from manylora_server.export.output import check_goal, check_room, new_folder
 from manylora_server.export.plan import plan_merge
 from manylora_server.export.progress import Progress
-from manylora_server.export.weights import DTYPES, MAX_SHARD_BYTES, ExportDtype, WeightFiles
+from manylora_server.export.weights import DTYPES, MAX_SHARD_BYTES, WeightFiles
 from manylora_server.model.architectures import SUPPORTED_MODEL_TYPES
 from manylora_store.checkpoint.folder import AdapterFiles, open_folder
 from manylora_store.compiler.compile import compile_adapter

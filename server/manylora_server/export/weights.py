@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora_server.core.errors import InvalidRequestError
 from manylora_server.export import nf4
+from manylora_server.export.job import ExportDtype
 from manylora_server.export.naming import Naming
 from manylora_server.export.plan import MergedTensor, MergePlan
 from manylora_server.export.progress import Progress
 from manylora_store.export.tensor_files import TensorFileWriter, TensorForm
 
-ExportDtype = Literal["bf16", "fp16", "fp32", "nf4"]
 DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
