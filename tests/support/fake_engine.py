@@ -33,6 +33,7 @@ from manylora_server.core.types import (
 from manylora_server.model.tokenizer import Tokenizer
 from manylora_store.records import AdapterRecord
 from support.fake_adapters import FakeAdapterService
+from support.fake_exports import FakeExportService
 
 REPLY = "Grüße, world."
 BASE = "org/base"
@@ -116,6 +117,7 @@ class FakeEngine:
         self.tokenizer = byte_tokenizer()
         self.adapters = FakeCatalog(self.names)
         self.adapter_service = FakeAdapterService()
+        self.export_service = FakeExportService()
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.aborted: set[str] = set()

@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 # Of the memory that is free.
 _SHARE = 0.7
 _NICE = 10
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Task:
 
     ``positions`` are those whose logits are wanted. ``base`` is ``None``, or a checkpoint to run
     with the adapter that ``config`` and ``weights`` are the files of, as the server would.
+    Without the process ``parent`` nobody wants to know.
     """
 
     exported: str
@@ -39,6 +43,7 @@ class Task:
     positions: Sequence[int]
     result: str
     polite: bool
+    parent: int
     base: str | None
     config: str
     weights: str
@@ -106,6 +111,7 @@ def fused_logits(task: Task) -> torch.Tensor:
 def main() -> None:
     """Run the task in the file that is named on the command line."""
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    threading.Thread(target=_end_with, args=(task.parent,), daemon=True).start()
     if task.polite:
         torch.set_num_threads(1)
         os.setpriority(os.PRIO_PROCESS, 0, _NICE)
@@ -124,6 +130,13 @@ def main() -> None:
             missing["fused"] = f"{type(error).__name__}: {error}"
     tensors.setdefault("exported", torch.zeros(0))
     save_file(tensors, task.result, {"missing": json.dumps(missing)})
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after ``parent`` was killed; it had no chance to say so."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 def _float32_bytes(folder: Path, packed: bool) -> int:

@@ -55,6 +55,7 @@ class Comparison:
                 positions=POSITIONS,
                 result=str(result),
                 polite=polite,
+                parent=os.getpid(),
                 base=None if base is None or adapter is None else str(base.resolve()),
                 config="" if adapter is None else str(adapter.config_path.resolve()),
                 weights="" if adapter is None else str(adapter.weights.path.resolve()),
