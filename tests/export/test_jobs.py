@@ -21,6 +21,7 @@ from manylora_server.core.errors import (
     StorageError,
 )
 from manylora_server.engine.async_engine import AsyncEngine
+from manylora_server.export import export as export_module
 from manylora_server.export import jobs as jobs_module
 from manylora_server.export.job import ENDED, ExportRequest
 from manylora_server.export.jobs import ExportService
@@ -43,11 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def engine(folder: Path, tmp_path: Path) -> Iterator[AsyncEngine]:
-    engine = build(
-        folder / "base", tmp_path / "home", adapters={n: folder / n for n in ("a", "dora")}
-    )
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, home: Path) -> Iterator[AsyncEngine]:
+    engine = build(folder / "base", home, adapters={n: folder / n for n in ("a", "dora")})
     engine.start()
     try:
         yield engine
@@ -56,8 +60,24 @@ def engine(folder: Path, tmp_path: Path) -> Iterator[AsyncEngine]:
 
 
 @pytest.fixture
-def service(engine: AsyncEngine) -> ExportService:
-    return engine.export_service
+def service(engine: AsyncEngine, home: Path) -> Iterator[ExportService]:
+    """The engine's service, which has nothing to do before and after."""
+    service = engine.export_service
+    yield service
+    for job in service.list(limit=1000, after=None)[0]:
+        asyncio.run(service.cancel(job["id"]))
+    shutil.rmtree(home / "exports", ignore_errors=True)
+    assert engine.adapters.in_use("a") == 0
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the comparison, which takes seconds, where something else is tested."""
+    monkeypatch.setattr(
+        export_module,
+        "_compare",
+        lambda *_: {"prompts": 0, "positions": 0, "same_base": {"skipped": "x"}},
+    )
 
 
 def asked(output: str = "out", **changes: Any) -> ExportRequest:
@@ -101,7 +121,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 def test_an_export_is_a_checkpoint_with_a_report(
-    service: ExportService, folder: Path, tmp_path: Path
+    service: ExportService, folder: Path, home: Path
 ) -> None:
     job = start(service, asked())
     assert job["state"] in ("queued", "running")
@@ -109,7 +129,7 @@ def test_an_export_is_a_checkpoint_with_a_report(
     job = ended(service, job["id"])
     assert job["state"] == "done", job["error"]
     assert (job["progress"], job["seconds_left"], job["error"]) == (1.0, 0.0, None)
-    assert job["path"] == str(tmp_path / "home" / "exports" / "out")
+    assert job["path"] == str(home / "exports" / "out")
     assert_same(load(Path(job["path"])), with_peft(folder / "base", folder / "a"))
     same = job["report"]["equivalence"]["same_base"]
     assert same["max_relative_error"] < 1e-4
@@ -136,7 +156,7 @@ def test_a_refusal_of_the_adapters_fails_the_job(service: ExportService) -> None
 
 
 def test_cancelled_while_running_or_waiting_nothing_is_left(
-    service: ExportService, gate: Gate, tmp_path: Path
+    service: ExportService, gate: Gate, home: Path, unchecked: None
 ) -> None:
     first = start(service, asked("one"))
     assert gate.reached.wait(WAIT_S)
@@ -144,7 +164,7 @@ def test_cancelled_while_running_or_waiting_nothing_is_left(
     assert service.get(second["id"])["state"] == "queued"
     assert asyncio.run(service.cancel(second["id"]))["state"] == "cancelled"
     assert asyncio.run(service.cancel(first["id"]))["state"] == "cancelled"
-    assert list((tmp_path / "home" / "exports").iterdir()) == []
+    assert list((home / "exports").iterdir()) == []
     # The next one is made all the same.
     gate.open.set()
     third = start(service, asked("one"))
@@ -160,17 +180,18 @@ def test_cancelled_while_running_or_waiting_nothing_is_left(
 
 
 def test_an_adapter_stays_while_an_export_needs_it(
-    engine: AsyncEngine, service: ExportService, gate: Gate
+    engine: AsyncEngine, service: ExportService, gate: Gate, folder: Path, unchecked: None
 ) -> None:
-    job = start(service, asked())
+    asyncio.run(engine.adapter_service.add_source("b", str(folder / "a")))
+    job = start(service, asked(adapters={"b": 1.0}))
     assert gate.reached.wait(WAIT_S)
-    assert engine.adapters.in_use("a") == 1
+    assert engine.adapters.in_use("b") == 1
     with pytest.raises(AdapterInUseError):
-        asyncio.run(engine.adapter_service.remove("a", drain=False))
+        asyncio.run(engine.adapter_service.remove("b", drain=False))
     gate.open.set()
     assert ended(service, job["id"])["state"] == "done"
-    assert engine.adapters.in_use("a") == 0
-    asyncio.run(engine.adapter_service.remove("a", drain=False))
+    assert engine.adapters.in_use("b") == 0
+    asyncio.run(engine.adapter_service.remove("b", drain=False))
 
 
 def test_the_queue_is_bounded(
@@ -201,11 +222,11 @@ def test_an_output_is_a_name(output: str, service: ExportService) -> None:
     assert caught.value.param == "output"
 
 
-def test_an_output_must_not_exist(service: ExportService, tmp_path: Path) -> None:
-    (tmp_path / "home" / "exports" / "there").mkdir(parents=True)
+def test_an_output_must_not_exist(service: ExportService, home: Path, tmp_path: Path) -> None:
+    (home / "exports" / "there").mkdir(parents=True)
     with pytest.raises(InvalidRequestError, match="exists already"):
         start(service, asked("there"))
-    (tmp_path / "home" / "exports" / "link").symlink_to(tmp_path / "nowhere")
+    (home / "exports" / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InvalidRequestError, match="exists already"):
         start(service, asked("link"))
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from manylora_server.core.errors import AdapterRefusedError, InvalidRequestError
 from support.adapters import adalora, lora, save_adapter
 from support.exporting import (
     assert_different,
@@ -23,6 +24,7 @@ from support.exporting import (
     with_peft,
 )
 from support.models import ARCHITECTURES, save_model
+from support.oracle import Oracle, load_base
 
 BOTH = ["q_proj", "embed_tokens", "lm_head"]
 NO_TIE = "ignore:Model has `tie_word_embeddings=True`"
@@ -119,6 +121,15 @@ def test_a_bias_is_made_where_the_architecture_can_have_one(tmp_path: Path) -> N
     assert merged.config.attention_bias is True
     assert merged.config.mlp_bias is False
     assert report["added_biases"] == 8
+
+
+def test_a_bias_that_nothing_can_hold_is_refused(tmp_path: Path) -> None:
+    base = save_model("llama", tmp_path / "base")
+    config = lora("llama", lora_bias=True, target_modules=["lm_head"])
+    adapter = save_adapter(base, config, tmp_path / "adapter", 4)
+    with pytest.raises(AdapterRefusedError, match="a bias to module 'lm_head'"):
+        export(tmp_path / "base", {adapter: 1.0}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_scales_the_adapter(tmp_path: Path) -> None:
@@ -241,3 +252,43 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_merged_weights(tmp_path: Path) ->
         assert not isinstance(merged.get_output_embeddings(), bnb.nn.Linear4bit)
         assert any("experts" in text for text in report["warnings"]) == (architecture == "mixtral")
         assert logits(merged).isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_a_base_in_4_bits_is_unpacked(architecture: str, tmp_path: Path) -> None:
+    """bitsandbytes' own checkpoints hold nothing else; the result equals what they compute."""
+    base = save_model(architecture, tmp_path / "dense")
+    adapter = save_adapter(base, lora(architecture), tmp_path / "adapter", 1)
+    packed = load_base(tmp_path / "dense", "nf4")
+    packed.save_pretrained(tmp_path / "packed")
+    report = export(tmp_path / "packed", {adapter: 1.0}, tmp_path / "out")
+    assert report["base"]["weights"] == "dequantized"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    expected = Oracle(tmp_path / "dense", "nf4", {"adapter": adapter}).model("adapter")
+    torch.testing.assert_close(
+        logits(load(tmp_path / "out")), logits(expected), atol=1e-4, rtol=1e-5
+    )
+    assert_different(load(tmp_path / "out"), base)
+
+
+def test_a_base_in_8_bits_is_refused(tmp_path: Path) -> None:
+    base = save_model("llama", tmp_path / "base")
+    adapter = save_adapter(base, lora("llama"), tmp_path / "adapter", 1)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InvalidRequestError, match="quantized by 'gptq'"):
+        export(tmp_path / "base", {adapter: 1.0}, tmp_path / "out")
+
+
+def test_values_that_fp16_cannot_hold_are_told(tmp_path: Path) -> None:
+    base = save_model("llama", tmp_path / "base")
+    with torch.no_grad():
+        base.model.norm.weight[3] = 1e5
+    base.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(base, lora("llama"), tmp_path / "adapter", 1)
+    with pytest.raises(InvalidRequestError, match=r"1 values of 'model.norm.weight' are too large"):
+        export(tmp_path / "base", {adapter: 1.0}, tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()

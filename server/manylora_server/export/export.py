@@ -175,8 +175,8 @@ def _write_checkpoint(
     weights = WeightFiles(plan, dtype, base.dtype, export.max_shard_bytes)
     copied = sum(path.stat().st_size for path in copied_files(base.folder))
     check_room(export.goal.parent, weights.bytes + copied + _SLACK_BYTES)
-    checking = int(_CHECK_SHARE * weights.bytes)
-    progress.expect(weights.bytes + checking)
+    checking = int(_CHECK_SHARE * weights.data_bytes)
+    progress.expect(weights.data_bytes + checking)
     report |= {
         "dtype": dtype,
         "bytes": weights.bytes,

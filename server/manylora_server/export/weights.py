@@ -52,7 +52,7 @@ class FileTensors:
 class WeightFiles:
     """The files of a plan in ``dtype``; ``nf4`` leaves what is no linear layer in ``dense``.
 
-    ``bytes`` is what all files take.
+    ``bytes`` is what all files take, ``data_bytes`` what the tensors in them do.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class WeightFiles:
             for file, names in split.filename_to_tensors.items()
         }
         self.bytes = sum(self._writer(Path(file)).bytes for file in self.shards)
+        self.data_bytes = sum(entry.bytes for entry in entries.values())
         self.packed = sum(entry.packed for entry in entries.values())
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -156,8 +157,8 @@ class WeightFiles:
             for entry in entries
             for name in entry.forms
         }
-        total = sum(entry.bytes for entries in self.shards.values() for entry in entries)
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        metadata = {"total_size": self.data_bytes}
+        index: dict[str, Any] = {"metadata": metadata, "weight_map": weight_map}
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
