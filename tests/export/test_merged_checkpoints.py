@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from manylora_server.core.errors import AdapterRefusedError, InvalidRequestError
@@ -23,7 +24,7 @@ from support.exporting import (
     train_biases,
     with_peft,
 )
-from support.models import ARCHITECTURES, save_model
+from support.models import ARCHITECTURES, build_model, save_model
 from support.oracle import Oracle, load_base
 
 BOTH = ["q_proj", "embed_tokens", "lm_head"]
@@ -289,6 +290,44 @@ def test_values_that_fp16_cannot_hold_are_told(tmp_path: Path) -> None:
         base.model.norm.weight[3] = 1e5
     base.save_pretrained(tmp_path / "base")
     adapter = save_adapter(base, lora("llama"), tmp_path / "adapter", 1)
-    with pytest.raises(InvalidRequestError, match=r"1 values of 'model.norm.weight' are too large"):
+    with pytest.raises(
+        InvalidRequestError, match=r"1 values of 'model.norm.weight' are too large for float16"
+    ):
         export(tmp_path / "base", {adapter: 1.0}, tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_no_result(tmp_path: Path) -> None:
+    base = save_model("llama", tmp_path / "base")
+    adapter = save_adapter(base, lora("llama"), tmp_path / "adapter", 1)
+    for dtype in ("fp32", "nf4"):
+        with pytest.raises(InvalidRequestError, match="are not finite"):
+            export(tmp_path / "base", {adapter: 1e39}, tmp_path / "out", dtype=dtype)
+    # Finite weights, whose products are not.
+    with pytest.raises(InvalidRequestError, match="logits of the merged model are not finite"):
+        export(tmp_path / "base", {adapter: 1e37}, tmp_path / "out", check=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_without_the_model_s_prefix_are_understood_and_kept(tmp_path: Path) -> None:
+    """As in GPT-2's original checkpoint."""
+    base = save_model("gpt2", tmp_path / "base")
+    adapter = save_adapter(base, lora("gpt2"), tmp_path / "adapter", 1)
+    expected = merged_by_peft(tmp_path / "base", adapter)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    export(tmp_path / "base", {adapter: 1.0}, tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(tensors)
+    assert_same(load(tmp_path / "out"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings`", "ignore:Model with `tie_word")
+def test_a_new_head_has_the_name_that_its_checkpoints_give_it(tmp_path: Path) -> None:
+    model = build_model("gpt_neox", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    config = lora("gpt_neox", target_modules=["embed_in"])
+    adapter = save_adapter(model, config, tmp_path / "adapter", 1)
+    export(tmp_path / "base", {adapter: 1.0}, tmp_path / "out")
+    assert "embed_out.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    assert_same(load(tmp_path / "out"), with_peft(tmp_path / "base", adapter))

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from manylora_server.adapters.canary import POSITIONS, canary_prompts
-from manylora_server.core.errors import ManyloraError
+from manylora_server.core.errors import InvalidRequestError, ManyloraError
 from manylora_server.export.check_process import Task
 from manylora_server.export.progress import Progress
 from manylora_store.checkpoint.folder import AdapterFiles
@@ -32,7 +33,7 @@ class Comparison:
     """The logits of one checkpoint, taken once in a process of its own, and what they differ by.
 
     Raises:
-        ManyloraError: transformers cannot load the checkpoint.
+        ManyloraError: transformers cannot load the checkpoint, or its logits are not finite.
         CancelledError: as ``progress`` does; the process is gone then.
     """
 
@@ -64,7 +65,14 @@ class Comparison:
             _run(task, Path(scratch), progress)
             with safe_open(result, framework="pt") as file:
                 self._missing: dict[str, str] = json.loads(file.metadata()["missing"])
-                self._logits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            self._logits = load_file(result)
+        bad = int((~self._logits["exported"].isfinite()).sum())
+        if bad:
+            raise InvalidRequestError(
+                f"adapters: {bad} logits of the merged model are not finite; choose smaller "
+                "weights or another method.",
+                param="adapters",
+            )
 
     def with_base(self, base: str) -> dict[str, Any]:
         """Compare with the base that was loaded beside the checkpoint."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from manylora_server.adapters.canary import POSITIONS
+from manylora_server.core.errors import StorageError
 from manylora_server.core.store_errors import store_errors_translated
 from manylora_server.export.base import BaseCheckpoint, open_base
 from manylora_server.export.card import copied_files, copy_files, write_card, write_config
@@ -92,7 +93,7 @@ def run_export(export: Export, progress: Progress, served: ServedBase | None) ->
     """
     start = time.monotonic()
     check_goal(export.goal)
-    with store_errors_translated(param="adapters"):
+    with store_errors_translated(param="adapters"), _reading_told():
         base = open_base(export.base)
         members = []
         for adapter in export.adapters:
@@ -229,8 +230,12 @@ def _compare(
     result: dict[str, Any] = {"prompts": len(prompts), "computed_in": "float32"}
     result["positions"] = len(prompts) * len(POSITIONS)
     if served is not None:
-        logits = served.logits(export.adapters, export.recipe)
-        part = comparison.with_logits(served.description, logits)
+        try:
+            logits = served.logits(export.adapters, export.recipe)
+            part = comparison.with_logits(served.description, logits)
+        except OverflowError as error:
+            # What is exported may have a wider dtype than what is served.
+            part = {"skipped": str(error)}
         result["same_base" if served.is_source else "served"] = part
     if not same_in_memory:
         described = f"{base.kind} weights in float32"
@@ -251,6 +256,15 @@ def _as_one_adapter(
         return alone.files
     write_lora(lora_content(combination.patches, base.layout, None), scratch)
     return open_folder(scratch, "combination", "")
+
+
+@contextmanager
+def _reading_told() -> Iterator[None]:
+    """Tell what the file system says where nothing is written yet."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"MODEL or adapters: a file cannot be read: {error}.") from error
 
 
 def _own_dtype(dtype: torch.dtype) -> ExportDtype:

@@ -133,8 +133,7 @@ class WeightFiles:
             for start in range(0, form.shape[0], step):
                 block = rows(start, min(start + step, form.shape[0]))
                 cast = block.to(form.dtype)
-                if form.dtype == torch.float16:
-                    _check_fits(tensor.name, block, cast)
+                _check_finite(tensor, block, cast)
                 writer.write(tensor.name, cast, start)
                 progress.advance(cast.numel() * cast.element_size())
 
@@ -143,7 +142,10 @@ class WeightFiles:
     ) -> None:
         tensor = entry.tensor
         with tensor.opened() as rows:
-            weight = rows(0, tensor.shape[0]).to(self.dense)
+            merged = rows(0, tensor.shape[0])
+        weight = merged.to(self.dense)
+        _check_finite(tensor, merged, weight)
+        del merged
         if tensor.parameter.rpartition(".")[0] in self.transposed:
             weight = weight.T
         for name, part in nf4.pack(tensor.name, weight.contiguous()).items():
@@ -178,12 +180,22 @@ def packed_modules(naming: Naming) -> tuple[frozenset[str], tuple[str, ...]]:
     return frozenset(linear) - set(skipped), skipped
 
 
-def _check_fits(name: str, block: torch.Tensor, cast: torch.Tensor) -> None:
-    lost = int((block.isfinite() & ~cast.isfinite()).sum())
+def _check_finite(tensor: MergedTensor, rows: torch.Tensor, cast: torch.Tensor) -> None:
+    """Refuse values that merging or a narrower dtype has made infinite."""
+    if not (tensor.merged or cast.dtype == torch.float16):
+        return
+    lost = int((rows.isfinite() & ~cast.isfinite()).sum())
     if lost:
         raise InvalidRequestError(
-            f"dtype: {lost} values of {name!r} are too large for fp16; use bf16 or fp32.",
+            f"dtype: {lost} values of {tensor.name!r} are too large for "
+            f"{str(cast.dtype).removeprefix('torch.')}; choose a wider one.",
             param="dtype",
+        )
+    bad = int((~rows.isfinite()).sum()) if tensor.merged else 0
+    if bad:
+        raise InvalidRequestError(
+            f"adapters: with these weights {bad} values of {tensor.name!r} are not finite.",
+            param="adapters",
         )
 
 
