@@ -67,6 +67,14 @@ class StoreUnavailableError(StoreError):
     """The registry or the files failed in another way; the chained exception says how."""
 
 
+class CombinationError(StoreError):
+    """Adapters cannot be combined as asked; ``param`` is the setting at fault."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class TooLargeError(StoreError):
     """What was sent is larger than ``limit`` bytes."""
 

@@ -425,3 +425,30 @@ def test_tables_and_a_bar_on_a_terminal(run, url, folder):
     assert fields["warnings"].strip() == fields["merged"].strip() == "-"
     assert fields["receipt"].strip() == "max_difference: 1e-06"
     assert json.loads(on_terminal(url, "show", "tales", "--json"))["name"] == "tales"
+
+
+class TestMixes:
+    def test_a_mix_is_added_by_its_members_and_weights(self, run, engine: FakeEngine) -> None:
+        stock(run, "one", "two")
+        result = run("add", "blend", "--mix", "one=0.7", "--mix", "two=-0.3")
+        assert rows(result)[0][0] == "blend"
+        assert engine.adapter_service.adapters["blend"].source == "mix:{'one': 0.7, 'two': -0.3}"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["file:/x", "--mix", "one=1"],
+            ["--mix", "one"],
+            ["--mix", "one=much"],
+            ["--mix", "=1"],
+            ["--mix", "one=nan"],
+            ["--mix", "one=1", "--mix", "one=2"],
+        ],
+        ids=" ".join,
+    )
+    def test_bad_usage(self, run, arguments: list[str]) -> None:
+        failure(run("add", "blend", *arguments), code=2)
+
+    def test_an_unknown_member(self, run) -> None:
+        assert "nobody" in failure(run("add", "blend", "--mix", "nobody=1"))

@@ -63,6 +63,11 @@ class TestAddingASource:
             ({"name": "ä", "source": "file:/x"}, "name"),
             ({"name": "", "source": "file:/x"}, "name"),
             ({"name": 5, "source": "file:/x"}, "name"),
+            ({"name": "x", "source": "file:/x", "mix": {"a": 1.0}}, "mix"),
+            ({"name": "x", "mix": {}}, "mix"),
+            ({"name": "x", "mix": {"a": "much"}}, "mix.a"),
+            ({"name": "x", "mix": {f"a{i}": 1.0 for i in range(17)}}, "mix"),
+            ({"name": "x", "mix": ["a"]}, "mix"),
         ],
         ids=lambda value: str(value)[:40],
     )
@@ -356,7 +361,11 @@ def test_the_description_has_the_calls_with_their_bodies_and_queries(api):
     assert set(form) == {"name", "files", "archive"}
     assert form["files"]["items"] == {"type": "string", "format": "binary"}
     reference = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    assert set(described["components"]["schemas"][reference]["properties"]) == {"name", "source"}
+    assert set(described["components"]["schemas"][reference]["properties"]) == {
+        "name",
+        "source",
+        "mix",
+    }
     parameters = {item["name"] for item in paths["/admin/adapters"]["get"]["parameters"]}
     assert parameters == {"limit", "after", "residency"}
     [drain] = [

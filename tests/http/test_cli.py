@@ -76,7 +76,7 @@ def test_version(run):
     assert (result.exit_code, result.stdout) == (0, f"manylora {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["merge"]])
 def test_help(run, command):
     assert run(*command, "--help").exit_code == 0
 
@@ -116,6 +116,17 @@ def test_every_option_of_the_contract_exists_and_reads_its_variable():
         ["serve", "m", "--adapter-host-memory", "0"],
         ["serve", "m", "--log-format", "xml"],
         ["demo", "--port", "-1"],
+        ["merge"],
+        ["merge", "m", "--adapter", "a"],
+        ["merge", "m", "--output", "o"],
+        ["merge", "m", "--adapter", "a", "--output", "o", "--method", "slerp"],
+        ["merge", "m", "--adapter", "a", "--output", "o", "--dtype", "int8"],
+        ["merge", "m", "--adapter", "a", "--output", "o", "--density", "2"],
+        ["merge", "m", "--adapter", "a", "--output", "o", "--rank", "0"],
+        ["merge", "m", "--adapter", "a=inf", "--output", "o"],
+        ["merge", "m", "--adapter", "=1", "--output", "o"],
+        ["merge", "m", "--adapter", "a", "--adapter", "a=2", "--output", "o"],
+        ["merge", "m", "--adapter", "a", "--output", "o", "--adapter-only", "--dtype", "nf4"],
     ],
     ids=" ".join,
 )

@@ -154,6 +154,11 @@ class FakeAdapterService:
     async def add_source(self, name: str, source: str) -> FakeStatus:
         return self._publish(name, source, source)
 
+    async def add_mix(self, name: str, mix: Mapping[str, float]) -> FakeStatus:
+        for member in mix:
+            self._get(member)
+        return self._publish(name, repr(mix), f"mix:{dict(mix)}")
+
     async def remove(self, name: str, *, drain: bool) -> None:
         self._get(name)
         if name in self.script.in_use and not drain:

@@ -37,6 +37,7 @@ from manylora_server.model.tokenizer import Tokenizer
 from manylora_store.errors import AdapterUnsupportedError
 from manylora_store.records import AdapterRecord
 from support.fake_adapters import FakeAdapterService
+from support.fake_exports import FakeExportService
 
 REPLY = "Grüße, world."
 BASE = "org/base"
@@ -130,6 +131,7 @@ class FakeEngine:
             self.max_model_len, self.max_model_len, self.vocab_size, self.max_unfinished, SLOTS
         )
         self.adapter_service = FakeAdapterService()
+        self.export_service = FakeExportService()
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.aborted: set[str] = set()

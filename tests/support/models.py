@@ -95,9 +95,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(architecture: str, seed: int = 0) -> Any:
+def build_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """Return a random float32 model whose logits are well spread."""
-    settings = {**_COMMON, **ARCHITECTURES[architecture]}
+    settings = {**_COMMON, **ARCHITECTURES[architecture], **changes}
     config = AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -15,7 +15,7 @@ PACKAGES = {
     "manylora_server": ROOT / "server" / "manylora_server",
 }
 # Each layer of the server may import itself, those before it, and what its row names.
-LAYERS = ["core", "model", "adapters", "engine", "api", "cli"]
+LAYERS = ["core", "model", "adapters", "export", "engine", "api", "cli"]
 LOADTESTS = ROOT / "loadtests"
 
 

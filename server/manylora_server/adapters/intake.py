@@ -7,8 +7,8 @@ by ``warm_up`` before that: a server without one to compile starts without.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,15 @@ from manylora_store.intake.sources import fetch
 from manylora_store.intake.staging import Staging
 from manylora_store.records import NEVER_EXAMINED, AdapterRecord, Publication
 from manylora_store.store import AdapterStore
+
+
+@dataclass(frozen=True, slots=True)
+class MixMember:
+    """A stored adapter in a mix."""
+
+    name: str
+    digest: str
+    weight: float
 
 
 def checked_name(name: str) -> str:
@@ -137,6 +146,33 @@ class Intake:
                     self.measure(step)
                 publication = self.publish(name, files, compiled, measured)
         return publication.record
+
+    def mix(self, members: Sequence[MixMember], staging: Staging) -> str:
+        """Write the exact sum of stored adapters into ``staging`` as one; return its source.
+
+        The sum has no digest to name it by before it is written, so the source names the members:
+        ``mix:0.7*a@DIGEST+0.3*b@DIGEST``. Raises ``AdapterRefusedError`` for a member that does
+        more than add a low-rank product.
+        """
+        self.warm_up()
+        from manylora_store.compiler.compile import compile_adapter
+        from manylora_store.export.adapter_folder import lora_content, write_lora
+        from manylora_store.export.combining import Member, combine
+        from manylora_store.export.methods import Recipe
+
+        with store_errors_translated(param="mix"):
+            compiled = []
+            for member in members:
+                with self.store.files(member.digest) as files:
+                    adapter = compile_adapter(files, self._layout)
+                compiled.append(Member(member.name, adapter, member.weight))
+            patches = combine(compiled, Recipe("cat"), self._layout).patches
+            base_model = compiled[0].adapter.record.base_model
+            content = lora_content(patches, self._layout, base_model)
+            staging.expect(content.bytes)
+            write_lora(content, staging.path)
+        parts = (f"{member.weight!r}*{member.name}@{member.digest}" for member in members)
+        return f"mix:{'+'.join(parts)}"
 
     def load(self, digest: str) -> CompiledAdapter:
         """Read a stored revision as host memory keeps it. Raises ``AdapterLoadError`` causes."""

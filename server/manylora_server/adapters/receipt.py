@@ -99,9 +99,9 @@ class ReceiptMeter:
         from manylora_server.adapters.reference import peft_route
 
         start = time.perf_counter()
-        base = self._own_route(None) if self.base_logits is None else None
+        base = self.route(None) if self.base_logits is None else None
         try:
-            own = self._own_route(compiled)
+            own = self.route(compiled)
         except OverflowError as error:
             raise AdapterInvalidError(f"receipt: {error}") from error
         peft = peft_route(self.view, self.loaded, self.prompts, folder, compiled.record)
@@ -113,7 +113,11 @@ class ReceiptMeter:
         rounding = max(_ROUNDING_SHARE * most, _ROUNDING_FACTOR * self._tested.error)
         return min(most, max(rounding, _SHARE_OF_EFFECT * effect))
 
-    def _own_route(self, adapter: CompiledAdapter | None) -> OwnRoute:
+    def route(self, adapter: CompiledAdapter | None) -> OwnRoute:
+        """Return the canary prompts with ``adapter``, ready for one pass as the server runs it.
+
+        ``OverflowError`` if it holds a value that is not finite in the base's dtype.
+        """
         return own_route(self.view, self.loaded, self._tested, self.prompts, adapter)
 
 

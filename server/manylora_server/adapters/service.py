@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
-from manylora_server.adapters.intake import Intake, checked_name
+from manylora_server.adapters.intake import Intake, MixMember, checked_name
 from manylora_server.adapters.memory import give_memory_back
 from manylora_server.adapters.name_locks import NameLocks
 from manylora_server.adapters.pins import EngineTasks, Pins
@@ -107,6 +108,26 @@ class AdapterService:
         async with staged(self.stage) as staging:
             found = await in_thread(self._intake.fetch, source, staging)
             return await self.add(name, staging, found)
+
+    async def add_mix(self, name: str, mix: Mapping[str, float]) -> AdapterStatus:
+        """Sum registered adapters up as one of their own, then ``add`` it.
+
+        ``mix`` is references (``name`` or ``name@digest``) with weights. The sum is exact and stays
+        as it is when the members' names move on.
+        """
+        checked_name(name)
+        choices = [await in_thread(self._catalog.resolve, reference) for reference in mix]
+        members = [
+            MixMember(choice.name, choice.digest, weight)
+            for choice, weight in zip(choices, mix.values(), strict=True)
+        ]
+        with ExitStack() as leases:
+            for choice in choices:
+                self._catalog.lease(choice)
+                leases.callback(self._catalog.release, choice)
+            async with staged(self.stage) as staging:
+                source = await self._examine(lambda: self._intake.mix(members, staging))
+                return await self.add(name, staging, source)
 
     async def remove(self, name: str, *, drain: bool) -> None:
         """Forget ``name`` and its revisions; with ``drain``, once its requests have ended."""

@@ -52,11 +52,15 @@ async def add_adapter(request: Request) -> Json:
             status = await service.add(name, staging, "upload")
     elif kind == "application/json":
         body = await read_json(request, AddAdapterRequest)
-        status = await service.add_source(body.name, body.source)
+        if body.mix is not None:
+            status = await service.add_mix(body.name, body.mix)
+        else:
+            assert body.source is not None
+            status = await service.add_source(body.name, body.source)
     else:
         raise InvalidRequestError(
             f"content-type: {kind or 'none'} came; send files as {MULTIPART}, or a name and a "
-            "source as application/json."
+            "source or mix as application/json."
         )
     return status.as_dict()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from manylora_server.api.query import QueryModel
-from manylora_server.api.strict import StrictModel, only
+from manylora_server.api.strict import StrictModel, field_fault, only
+from manylora_server.export.job import ExportDtype
+from manylora_store.export.methods import Method
 from manylora_store.intake.names import NAME
 
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
@@ -33,6 +35,9 @@ def _check_digest(digest: str) -> str:
     return digest
 
 
+# So that the source of a mix, which names them all, is not longer than a registry takes.
+MAX_MIXED = 16
+
 AdapterName = Annotated[
     str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})
 ]
@@ -42,11 +47,29 @@ DigestPrefix = Annotated[
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
+Weights = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=200)], float], Field(min_length=1)
+]
+
+
 class AddAdapterRequest(StrictModel):
-    """``POST /admin/adapters`` without files: the server fetches ``source`` itself."""
+    """``POST /admin/adapters`` without files: the server fetches ``source`` itself.
+
+    Or it sums up registered adapters: ``mix`` is their names (or ``name@digest``) with weights.
+    """
 
     name: AdapterName
-    source: Source
+    source: Source | None = None
+    mix: Annotated[Weights, Field(max_length=MAX_MIXED)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.source is None) == (self.mix is None):
+            raise field_fault(
+                "source" if self.mix is None else "mix",
+                "give either source or mix",
+            )
+        return self
 
 
 class LoadRequest(StrictModel):
@@ -59,6 +82,26 @@ class RollbackRequest(StrictModel):
     """``POST /admin/adapters/{name}/rollback``: a revision of the name's history."""
 
     digest: DigestPrefix
+
+
+class ExportBody(StrictModel):
+    """``POST /admin/exports``: adapters by name (or ``name@digest``) with their weights."""
+
+    adapters: Weights
+    output: str
+    method: Method = "cat"
+    density: float | None = None
+    dtype: ExportDtype | None = None
+    rank: int | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    adapter_only: bool = False
+
+
+class ExportListQuery(QueryModel):
+    """``GET /admin/exports``: those older than the one called ``after``, at most ``limit``."""
+
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    after: Annotated[str, Field(max_length=100)] | None = None
 
 
 class NoFields(StrictModel):
@@ -99,6 +142,7 @@ ADMIN_MODELS: tuple[type[StrictModel], ...] = (
     AddAdapterRequest,
     LoadRequest,
     RollbackRequest,
+    ExportBody,
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
 )

@@ -10,6 +10,7 @@ from manylora_server.api import (
     admin,
     chat,
     completions,
+    exports,
     lora_compat,
     models,
     operations,
@@ -50,6 +51,6 @@ def create_app(
     app.include_router(operations.router)
     for module in (completions, chat, models, tokenization):
         app.include_router(module.router, dependencies=[Depends(require_api_key)])
-    for module in (admin, lora_compat):
+    for module in (admin, exports, lora_compat):
         app.include_router(module.router, dependencies=[Depends(require_admin)])
     return app

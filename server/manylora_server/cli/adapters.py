@@ -61,14 +61,23 @@ def show(
 @app.command()
 def add(
     name: options.Name,
-    source: options.Source,
+    source: options.Source = None,
+    mix: options.Mix = [],  # noqa: B006 - typer reads it, nobody writes to it
     url: options.Url = options.DEFAULT_URL,
     admin_key: options.AdminKey = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Add an adapter, or a new revision of one; requests that come later get it."""
+    """Add an adapter, or a new revision of one; requests that come later get it.
+
+    With --mix, the exact sum of adapters that the server has becomes one of its own.
+    """
+    weights = options.mix_option(mix)
+    if (source is None) == (not weights):
+        raise typer.BadParameter("give either a SOURCE or --mix.", param_hint="SOURCE")
     with _server(url, admin_key) as server:
-        if source.startswith(("hf:", "file:")):
+        if source is None:
+            record = server.add_mix(name, weights)
+        elif source.startswith(("hf:", "file:")):
             record = server.add_source(name, source)
         else:
             with _progress() as progress:

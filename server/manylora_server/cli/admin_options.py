@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -40,16 +41,45 @@ def name_argument(text: str) -> str:
         raise typer.BadParameter(f"{error.message}.") from error
 
 
+def mix_option(values: list[str]) -> dict[str, float]:
+    """Return the ``ADAPTER=WEIGHT`` pairs of ``--mix``; what is none is bad usage."""
+    mix: dict[str, float] = {}
+    for value in values:
+        name, _, text = value.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise typer.BadParameter(
+                f"{value!r} is not ADAPTER=WEIGHT, for example support=0.7.", param_hint="--mix"
+            )
+        if name in mix:
+            raise typer.BadParameter(f"{name!r} is given twice.", param_hint="--mix")
+        mix[name] = weight
+    return mix
+
+
 Name = Annotated[
     str, typer.Argument(metavar="NAME", parser=name_argument, help="The adapter's name.")
 ]
 Source = Annotated[
-    str,
+    str | None,
     typer.Argument(
-        metavar="SOURCE",
+        metavar="[SOURCE]",
+        show_default=False,
         help="A folder or an archive (.zip, .tar.gz) to upload; or, for the server to fetch, "
         "hf:ORGANISATION/NAME or hf:ORGANISATION/NAME@REVISION from the hub, or file:/FOLDER on "
         "its own machine.",
+    ),
+]
+Mix = Annotated[
+    list[str],
+    typer.Option(
+        "--mix",
+        metavar="ADAPTER=WEIGHT",
+        help="In place of a source: an adapter of the server and its weight in the sum that is "
+        "added. Repeatable.",
     ),
 ]
 Digest = Annotated[

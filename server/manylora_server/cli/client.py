@@ -93,6 +93,11 @@ class AdminClient:
         body = {"name": name, "source": source}
         return self._answer(self._patient_request("POST", "/admin/adapters", json=body))
 
+    def add_mix(self, name: str, mix: Mapping[str, float]) -> Json:
+        """Let the server sum up adapters it has and return the new adapter's record."""
+        body = {"name": name, "mix": dict(mix)}
+        return self._answer(self._patient_request("POST", "/admin/adapters", json=body))
+
     def upload(
         self, name: str, parts: list[tuple[str, Path]], progress: Callable[[int, int], None]
     ) -> Json:

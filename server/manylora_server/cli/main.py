@@ -8,6 +8,7 @@ import typer
 
 from manylora_server.cli import adapters
 from manylora_server.cli.demo import demo
+from manylora_server.cli.merge import merge
 from manylora_server.cli.serve import serve
 from manylora_server.version import __version__
 
@@ -40,6 +41,7 @@ def _root(
 
 app.command()(serve)
 app.command()(demo)
+app.command()(merge)
 app.add_typer(adapters.app, name="adapters")
 
 

@@ -12,6 +12,7 @@ Messages name the field, what came and what would be right (DESIGN section 6.2).
     ├── ForbiddenError             403 forbidden
     ├── AdapterNotFoundError       404 adapter_not_found
     ├── ModelNotFoundError         404 model_not_found
+    ├── ExportNotFoundError        404 export_not_found
     ├── AdapterInUseError          409 adapter_in_use
     ├── AdapterConflictError       409 adapter_conflict
     ├── PayloadTooLargeError       413 payload_too_large
@@ -89,6 +90,14 @@ class ModelNotFoundError(ManyloraError):
 
     status = 404
     code = "model_not_found"
+    error_type = "invalid_request_error"
+
+
+class ExportNotFoundError(ManyloraError):
+    """No export has this id, or it ended long ago."""
+
+    status = 404
+    code = "export_not_found"
     error_type = "invalid_request_error"
 
 

@@ -17,6 +17,7 @@ from manylora_server.core.errors import (
 from manylora_store.errors import (
     AdapterError,
     AmbiguousDigestError,
+    CombinationError,
     StoreBusyError,
     StoreError,
     TooLargeError,
@@ -40,6 +41,8 @@ def client_error(error: AdapterError | StoreError, *, param: str | None) -> Many
     """
     if isinstance(error, AdapterError):
         return AdapterRefusedError(error, param=param)
+    if isinstance(error, CombinationError):
+        return InvalidRequestError(f"{error.message}.", param=error.param)
     for kind, answer in _ANSWERS:
         if isinstance(error, kind):
             return answer(error.message, param=param)

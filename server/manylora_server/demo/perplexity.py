@@ -21,7 +21,7 @@ from manylora_kernels import native, select_backend
 from manylora_server.core.config import ModelConfig
 from manylora_server.demo import BASE_DIR
 from manylora_server.demo.corpus import PLAIN, draw_sample
-from manylora_server.engine.build import select_compiled_backends
+from manylora_server.model.compute_backends import select_compiled_backends
 from manylora_server.model.loader import load_model
 from manylora_server.model.tokenizer import Tokenizer
 

@@ -20,6 +20,7 @@ from manylora_server.core.types import AdapterChoice, FinishReason, Request, Req
 from manylora_server.engine.engine import Engine
 from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
+from manylora_server.export.jobs import ExportService
 from manylora_server.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class AsyncEngine:
         limits: EngineLimits,
         thread: EngineThread | None = None,
         prepare: Callable[[], None] | None = None,
+        exports: Callable[[AsyncEngine], ExportService] | None = None,
     ) -> None:
         self.adapters = adapters
         self._prepare = prepare or _nothing
@@ -76,6 +78,14 @@ class AsyncEngine:
         self.adapter_service = AdapterService(
             adapters, intake, residency, residency.host, self, lambda: engine.state, engine.observer
         )
+        self._export_service = None if exports is None else exports(self)
+
+    @property
+    def export_service(self) -> ExportService:
+        """Exports of the base with its adapters."""
+        if self._export_service is None:
+            raise NotReadyError("this engine makes no exports.")
+        return self._export_service
 
     @property
     def max_model_len(self) -> int:
@@ -208,10 +218,14 @@ class AsyncEngine:
     def close(self) -> None:
         """Stop the thread after its current step. Unfinished requests end with an error."""
         self._accepting = False
+        if self._export_service is not None:
+            self._export_service.stop()
         if not self._started:
             self._thread.finish_with(lambda: None)
         self._inbox.put(None)
         self._thread.join()
+        if self._export_service is not None:
+            self._export_service.join()
         self._engine.residency.host.close()
         self.adapter_service.close()
         self.adapters.store.close()

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from manylora_kernels import (
-    available_backends,
-    gpu,
-    native,
-    nf4_linear_in_float,
-    operations,
-    select_backend,
-    selected_backend,
-)
-from manylora_kernels.backends import REFERENCE
+from manylora_kernels import gpu, native, nf4_linear_in_float, selected_backend
 from manylora_server.adapters.catalog import AdapterCatalog
 from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake
 from manylora_server.adapters.receipt import ReceiptMeter
 from manylora_server.adapters.residency import Residency
-from manylora_server.core.config import CpuMath, EngineConfig, ModelConfig, ServerConfig
+from manylora_server.core.config import EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
 from manylora_server.core.observer import EngineObserver
 from manylora_server.engine.async_engine import AsyncEngine
@@ -31,8 +25,10 @@ from manylora_server.engine.engine import Engine
 from manylora_server.engine.kv_blocks import KVBlocks
 from manylora_server.engine.limits import EngineLimits
 from manylora_server.engine.thread import EngineThread
+from manylora_server.export.jobs import ExportService
 from manylora_server.model.attention import KVCache
 from manylora_server.model.base_view import BaseView
+from manylora_server.model.compute_backends import select_compiled_backends
 from manylora_server.model.cuda_graphs import DecodeGraphs
 from manylora_server.model.loader import LoadedModel, load_model, resolve_device
 from manylora_server.model.modules import AdaptedModules
@@ -43,6 +39,9 @@ from manylora_server.model.slots import AdapterSlots
 from manylora_server.model.tokenizer import Tokenizer
 from manylora_store.errors import StoreError
 from manylora_store.store import AdapterStore
+
+if TYPE_CHECKING:
+    from manylora_server.export.export import ServedBase
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +92,7 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
             config.engine,
             observer,
             thread,
+            lambda engine: _exports(config, loaded.folder, meter, engine),
         )
     except BaseException:
         store.close()
@@ -134,6 +134,7 @@ def assemble(
     config: EngineConfig,
     observer: EngineObserver,
     thread: EngineThread,
+    exports: Callable[[AsyncEngine], ExportService] | None = None,
 ) -> AsyncEngine:
     """Return an engine over a loaded and tested base."""
     max_model_len = min(config.max_model_len or loaded.max_positions, loaded.max_positions)
@@ -199,28 +200,21 @@ def assemble(
         limits,
         thread,
         prepare=lambda: attach_program(runner, loaded, tested, modules),
+        exports=exports,
     )
 
 
-def select_compiled_backends(device: torch.device, cpu_math: CpuMath = "float32") -> None:
-    """Let the fastest backend that fits ``device`` and ``cpu_math`` compute each operation.
+def _exports(
+    config: ServerConfig, base: Path, meter: ReceiptMeter, engine: AsyncEngine
+) -> ExportService:
+    def served() -> ServedBase:
+        # Compiles adapters, which takes PEFT: not before the first export.
+        from manylora_server.export.served import served_base
 
-    bitsandbytes' operator is there once a 4-bit base is loaded, which imports the package.
-    """
-    wanted: list[str] = []
-    if device.type == "cpu" and native.missing is None:
-        wanted = [native.NATIVE_INT8] if cpu_math == "int8" else []
-        wanted.append(native.NATIVE)
-    elif device.type == "cuda":
-        reason = gpu.load()
-        if reason is None:
-            wanted.append(gpu.TRITON)
-        else:
-            logger.warning("no Triton kernels, so everything is slower: %s", reason)
-    wanted += ["bitsandbytes", REFERENCE]
-    for operation in operations():
-        available = available_backends(operation)
-        select_backend(operation, next(name for name in wanted if name in available))
+        return served_base(meter, engine)
+
+    name = config.model.served_name
+    return ExportService(config.home / "exports", base, name, engine.adapters, served)
 
 
 def check_cpu_math(config: ModelConfig, device: torch.device) -> None:

@@ -104,4 +104,7 @@ def _embed_scale(module: nn.Module) -> float:
     scale = getattr(module, "embed_scale", None)
     if not isinstance(module, nn.Embedding) or scale is None:
         return 1.0
+    if isinstance(scale, torch.Tensor) and scale.is_meta:
+        # A model without memory, which has only what the buffer would be filled with.
+        scale = torch.tensor(module.scalar_embed_scale)
     return float(scale)
