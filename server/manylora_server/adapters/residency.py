@@ -32,6 +32,7 @@ class Residency:
         self.host = host
         self.on_device: frozenset[str] = frozenset()
         self.pinned: frozenset[str] = frozenset()
+        self._held: set[str] = set()
         self._observer = observer
         self._interest: Counter[str] = Counter()
         self._promised: set[str] = set()
@@ -72,6 +73,14 @@ class Residency:
         """Keep the slots of ``digests``, and of no others, from now on; load those without one."""
         self.pinned = digests
         self._pins_to_load = {d for d in digests if self.slots.state(d) is SlotState.EMPTY}
+
+    def hold(self, digest: str) -> None:
+        """Keep the adapter's slot, once it has one, for work between steps."""
+        self._held.add(digest)
+
+    def let_go(self, digest: str) -> None:
+        """End what ``hold`` began."""
+        self._held.discard(digest)
 
     def refuse_asked(self, error: ManyloraError) -> None:
         """Answer all that operators asked for with ``error``: there will be no more steps."""
@@ -126,7 +135,7 @@ class Residency:
             if adapter is None:
                 self.host.request(digest, now=True)
                 return Readiness.LOADING
-            if not self.slots.begin(digest, adapter, self._promised | self.pinned):
+            if not self.slots.begin(digest, adapter, self._promised | self.pinned | self._held):
                 return Readiness.NO_ROOM
             self._began[digest] = time.perf_counter()
             self.host.taken(digest)
@@ -150,7 +159,7 @@ class Residency:
 
     def kept(self, digest: str) -> bool:
         """Whether the adapter's slot may not be given to another one in this step."""
-        return digest in self._promised or digest in self.pinned
+        return digest in self._promised or digest in self.pinned or digest in self._held
 
     def check_integrity(self, live: Collection[str]) -> None:
         """Assert that exactly the requests for ``live`` (a digest per request) are expected."""

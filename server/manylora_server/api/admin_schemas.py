@@ -61,6 +61,13 @@ class RollbackRequest(StrictModel):
     digest: DigestPrefix
 
 
+class MergeRequest(StrictModel):
+    """``POST /admin/adapters/{name}/merge``; ``force`` takes an nf4 twin whatever it lost."""
+
+    precision: Literal["bf16", "int8", "nf4"] = "bf16"
+    force: bool = False
+
+
 class NoFields(StrictModel):
     """The body of a call that needs none."""
 
@@ -99,6 +106,7 @@ ADMIN_MODELS: tuple[type[StrictModel], ...] = (
     AddAdapterRequest,
     LoadRequest,
     RollbackRequest,
+    MergeRequest,
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
 )

@@ -74,7 +74,14 @@ class AsyncEngine:
         residency = engine.residency
         residency.host.on_loaded = self.wake
         self.adapter_service = AdapterService(
-            adapters, intake, residency, residency.host, self, lambda: engine.state, engine.observer
+            adapters,
+            intake,
+            residency,
+            residency.host,
+            engine.twins,
+            self,
+            lambda: engine.state,
+            engine.observer,
         )
 
     @property
@@ -246,6 +253,7 @@ class AsyncEngine:
                     sent()
             self._deliver(self._engine.fail_all(message))
             self._engine.residency.refuse_asked(NotReadyError(f"{message}."))
+            self._engine.twins.refuse_all(NotReadyError(f"{message}."))
             self._engine.report_state()
         except Exception:
             logger.exception("the engine could not end its requests")

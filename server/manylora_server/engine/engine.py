@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from manylora_server.adapters.residency import Residency
+from manylora_server.adapters.twins.twins import Twins
 from manylora_server.core.config import EngineConfig
 from manylora_server.core.observer import (
     EngineObserver,
@@ -63,9 +64,11 @@ class Engine:
         eos_token_ids: SequenceOf[int],
         max_model_len: int,
         config: EngineConfig,
+        twins: Twins,
         observer: EngineObserver | None = None,
     ) -> None:
         self._runner = runner
+        self.twins = twins
         self._decoder = decoder
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
@@ -74,17 +77,18 @@ class Engine:
         self.scheduler = Scheduler(blocks, residency, config.max_batch_tokens, config.max_sequences)
         self._live: dict[str, _Live] = {}
         self._stalled = False
+        self._waits = True
         self.state = self._look()
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished, or an adapter on its way to the device."""
-        return bool(self._live) or self.residency.busy
+        """Whether any request is unfinished, an adapter on its way to the device, or a merge."""
+        return bool(self._live) or self.residency.busy or self.twins.busy
 
     @property
     def stalled(self) -> bool:
-        """Whether the last step had nothing to compute: all there is waits for adapters."""
-        return self._stalled
+        """Whether the last step had nothing to do: all there is waits for adapters."""
+        return self._stalled and self._waits
 
     @property
     def unfinished(self) -> tuple[str, ...]:
@@ -124,6 +128,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update. Returns what every request that moved got."""
+        self.twins.advance(idle=self._stalled or not self._live)
         start = time.perf_counter()
         preemptions = self.scheduler.preemptions
         outputs = self._expire()
@@ -132,10 +137,12 @@ class Engine:
         self._stalled = not plan
         if not plan:
             self.residency.note_step(None)
+            self._waits = self.twins.waits
             self.report_state()
             return outputs
         try:
-            logits = self._runner.logits([_chunk(scheduled) for scheduled in plan])
+            twin = self._twin_for(plan)
+            logits = (twin or self._runner).logits([_chunk(scheduled) for scheduled in plan])
             choices = self._choose(plan, logits)
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(plan))
@@ -146,6 +153,7 @@ class Engine:
         outputs += self._update(plan, choices)
         seconds = time.perf_counter() - start
         self.residency.note_step(seconds)
+        self.twins.pace.note_step(seconds)
         preempted = self.scheduler.preemptions - preemptions
         self.observer.on_step(
             StepStats(
@@ -153,6 +161,7 @@ class Engine:
                 batch_tokens=sum(scheduled.count for scheduled in plan),
                 distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
                 preemptions=preempted,
+                merged=twin is not None,
             )
         )
         self.report_state()
@@ -167,6 +176,11 @@ class Engine:
         )
         known = {s.request.request_id for s in (*scheduler.waiting, *scheduler.running)}
         assert known == set(self._live), "the scheduler and the engine disagree on what is live"
+
+    def _twin_for(self, plan: list[Scheduled]) -> Runner | None:
+        """Return the twin that the step is to use, ``None`` for the base with deltas."""
+        tokens = sum(scheduled.count for scheduled in plan)
+        return self.twins.runner_for({scheduled.sequence.digest for scheduled in plan}, tokens)
 
     def _expire(self) -> list[RequestOutput]:
         now = time.monotonic()

@@ -67,6 +67,12 @@ class AdapterSlots:
         index = self._by_digest.get(digest)
         return 0 if index is None else self._slots[index].references
 
+    def slot_of(self, digest: str) -> int:
+        """Return the slot of a ready adapter, without a reference."""
+        index = self._by_digest[digest]
+        assert self._is(index, SlotState.READY), "the adapter is not on the device"
+        return index
+
     def begin(self, digest: str, adapter: CompiledAdapter, kept: Collection[str] = ()) -> bool:
         """Start to install ``adapter`` in an empty slot or in place of an idle adapter.
 
