@@ -112,6 +112,7 @@ class StepProgram:
         other._lowering = Lowering(self._plan)
         for index, event in exchanged(self._recording.events, modules).items():
             other._exchange(index, event)
+        other._foreign = dict(sorted(other._foreign.items()))
         if modules:
             other._native = NativeProgram(other._instructions)
         other._layouts = {}
