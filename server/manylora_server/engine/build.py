@@ -24,6 +24,7 @@ from manylora_server.adapters.intake import Intake
 from manylora_server.adapters.receipt import ReceiptMeter
 from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.twins.job import Base
+from manylora_server.adapters.twins.policy import AutoMerge
 from manylora_server.adapters.twins.twins import Twins
 from manylora_server.core.config import CpuMath, EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
@@ -172,6 +173,7 @@ def assemble(
         runner.graphs = DecodeGraphs(
             loaded.model, cache, lambda: modules.wrapped, loaded.dtype, loaded.device
         )
+    policy = AutoMerge() if config.auto_merge else None
     base = Base(loaded, tested, view, modules, runner)
     engine = Engine(
         runner=runner,
@@ -182,7 +184,7 @@ def assemble(
         max_model_len=max_model_len,
         config=config,
         observer=observer,
-        twins=Twins(base, residency, merge_bytes, observer),
+        twins=Twins(base, residency, merge_bytes, observer, policy),
     )
     limits = EngineLimits(
         max_model_len=max_model_len,

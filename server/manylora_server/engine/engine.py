@@ -141,7 +141,9 @@ class Engine:
             self.report_state()
             return outputs
         try:
-            twin = self._twin_for(plan)
+            digests = {scheduled.sequence.digest for scheduled in plan}
+            tokens = sum(scheduled.count for scheduled in plan)
+            twin: Runner | None = self.twins.runner_for(digests, tokens)
             logits = (twin or self._runner).logits([_chunk(scheduled) for scheduled in plan])
             choices = self._choose(plan, logits)
         except Exception as error:
@@ -153,13 +155,13 @@ class Engine:
         outputs += self._update(plan, choices)
         seconds = time.perf_counter() - start
         self.residency.note_step(seconds)
-        self.twins.pace.note_step(seconds)
+        self.twins.note_step(digests, tokens, seconds)
         preempted = self.scheduler.preemptions - preemptions
         self.observer.on_step(
             StepStats(
                 seconds=seconds,
-                batch_tokens=sum(scheduled.count for scheduled in plan),
-                distinct_adapters=len({s.sequence.digest for s in plan} - {None}),
+                batch_tokens=tokens,
+                distinct_adapters=len(digests - {None}),
                 preemptions=preempted,
                 merged=twin is not None,
             )
@@ -176,11 +178,6 @@ class Engine:
         )
         known = {s.request.request_id for s in (*scheduler.waiting, *scheduler.running)}
         assert known == set(self._live), "the scheduler and the engine disagree on what is live"
-
-    def _twin_for(self, plan: list[Scheduled]) -> Runner | None:
-        """Return the twin that the step is to use, ``None`` for the base with deltas."""
-        tokens = sum(scheduled.count for scheduled in plan)
-        return self.twins.runner_for({scheduled.sequence.digest for scheduled in plan}, tokens)
 
     def _expire(self) -> list[RequestOutput]:
         now = time.monotonic()

@@ -22,9 +22,11 @@ class StepTimes:
         right = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
         x0, x1 = self.tokens[right - 1], self.tokens[right]
         y0, y1 = self.seconds[right - 1], self.seconds[right]
-        # More tokens never take less time; noise may have said so.
-        slope = max(0.0, (y1 - y0) / (x1 - x0))
-        return y0 + slope * (tokens - x0) if tokens > x1 or slope else y1
+        slope = (y1 - y0) / (x1 - x0)
+        if tokens <= x1:
+            return y0 + slope * (tokens - x0)
+        # Beyond, more tokens never take less time; noise may have said so.
+        return y1 + max(0.0, slope) * (tokens - x1)
 
     def as_dict(self) -> dict[str, float]:
         """Return milliseconds by number of tokens, JSON-ready."""

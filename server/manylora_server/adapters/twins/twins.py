@@ -11,6 +11,7 @@ from typing import Any
 
 from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.twins.job import Base, MergedTwin, MergeOrder, Work, merge
+from manylora_server.adapters.twins.policy import AutoMerge
 from manylora_server.adapters.twins.record import TwinRecord
 from manylora_server.core.errors import (
     AdapterConflictError,
@@ -47,7 +48,12 @@ class Twins:
     """
 
     def __init__(
-        self, base: Base, residency: Residency, max_bytes: int, observer: EngineObserver
+        self,
+        base: Base,
+        residency: Residency,
+        max_bytes: int,
+        observer: EngineObserver,
+        policy: AutoMerge | None = None,
     ) -> None:
         self.max_bytes = max_bytes
         self.records: Mapping[str, TwinRecord] = {}
@@ -56,6 +62,7 @@ class Twins:
         self._base = base
         self._residency = residency
         self._observer = observer
+        self._policy = policy
         self._twins: dict[str, MergedTwin] = {}
         self._jobs: list[_Job] = []
         self.merged_steps = 0
@@ -141,8 +148,17 @@ class Twins:
         self.merged_steps += 1
         return twin.runner
 
+    def note_step(self, digests: set[str | None], tokens: int, seconds: float) -> None:
+        """Take note of a step over ``tokens`` of requests for ``digests``."""
+        self.pace.note_step(seconds)
+        if self._policy is not None:
+            alone = next(iter(digests)) if len(digests) == 1 else None
+            self._policy.note_step(alone, tokens, seconds)
+
     def advance(self, *, idle: bool) -> None:
         """Go on with what is being made, for as long as is not felt; longer if ``idle``."""
+        if self._policy is not None:
+            self._follow(self._policy)
         until = time.perf_counter() + self.pace.begin(idle=idle)
         while self._jobs:
             if not self._advance(self._jobs[0]) or time.perf_counter() >= until:
@@ -158,7 +174,26 @@ class Twins:
             "merging": list(self.merging),
             "merged_steps": self.merged_steps,
             "fused_steps": self.fused_steps,
+            "automatic": {"enabled": False} if self._policy is None else self._policy.stats(),
         }
+
+    def _follow(self, policy: AutoMerge) -> None:
+        """Do what the policy decides, if it decides anything now."""
+        decision = policy.decide(self.records, self.max_bytes - self.bytes, busy=self.busy)
+        if decision is None:
+            return
+        logger.info(
+            "automatic merging: %s adapter %s, which is %s",
+            decision.action,
+            decision.digest[:12],
+            decision.reason,
+        )
+        self._observer.on_auto_merge(decision.action)
+        if decision.action == "promote":
+            order = MergeOrder(decision.digest, self._base.automatic_precision, automatic=True)
+            self.merge(order)
+        else:
+            self.drop(decision.digest)
 
     def _advance(self, job: _Job) -> bool:
         """Do one piece; false if nothing can be done before others have done something."""
@@ -190,6 +225,8 @@ class Twins:
     def _claim(self, job: _Job, size: int) -> None:
         free = self.max_bytes - self.bytes
         if size > free:
+            if self._policy is not None:
+                self._policy.no_room(job.order.digest, size)
             raise AdapterConflictError(
                 f"precision: the twin takes {size / _MIB:.1f} MiB as {job.order.precision}, and "
                 f"{max(0, free) / _MIB:.1f} of {self.max_bytes / _MIB:.1f} MiB for twins are free; "
@@ -226,6 +263,12 @@ class Twins:
         return twin.record
 
     def _end(self, job: _Job, outcome: TwinRecord | ManyloraError) -> None:
+        if self._policy is not None:
+            digest = job.order.digest
+            if isinstance(outcome, TwinRecord):
+                self._policy.merged(digest, outcome)
+            elif job.bytes or not isinstance(outcome, AdapterConflictError):
+                self._policy.failed(digest, outcome.message)
         self._jobs.remove(job)
         self._note_jobs()
         if job.work is not None:
