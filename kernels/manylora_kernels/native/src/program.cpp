@@ -236,7 +236,7 @@ bool nf4(const Instruction& from, const Bound& at, const Step& step) {
 bool half(const Instruction& from, const Bound& at, const Step& step) {
   const auto& weight = *static_cast<const HalfMatrix*>(from.weight);
   return half_linear({weight.tiles, at.a.in(step), from.bias, at.out.in(step), weight.kind,
-                      weight.out, weight.in, at.size[0], at.a_stride[0]},
+                      weight.out, weight.in, at.size[0], at.a_stride[0], weight.scale},
                      static_cast<int>(step.isa), static_cast<int>(step.threads)) == 0;
 }
 
