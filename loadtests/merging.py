@@ -119,10 +119,12 @@ async def _latency(
     async def stream(index: int) -> None:
         number = itertools.count()
         chosen = other if index < options.others else name
-        # Answers of different lengths, so that new ones do not begin together.
+        # So long that the steps with a new prompt in them are far fewer than one in a hundred; of
+        # different lengths, so that new ones do not begin together.
+        longest = min(shape.positions - 32, 1600)
         while not ends.is_set():
             seed = ("latency", index, next(number))
-            (request,) = _requests(shape, chosen, 1, 200 + 37 * index, seed)
+            (request,) = _requests(shape, chosen, 1, longest - 37 * index, seed)
             records.append(await complete(server.client, request, time.perf_counter()))
 
     async def mark(what: str, since: float) -> None:

@@ -100,15 +100,15 @@ def test_answers_go_on_while_it_is_merged_a_few_times(
 
 def test_a_step_on_the_twin_is_counted(run: Run, http: httpx.Client) -> None:
     record = post(http, "rs", "merge", {"precision": "bf16"})
-    before = metric(run.url, "manylora_merged_steps_total")
+    before = metric(run.url, "merged_steps_total")
     complete(http, "rs", PROMPT, NEW_TOKENS).raise_for_status()
-    used = metric(run.url, "manylora_merged_steps_total") - before
+    used = metric(run.url, "merged_steps_total") - before
     stats = http.get("/admin/stats").json()["merging"]
     assert used + stats["fused_steps"] > 0
-    assert metric(run.url, "manylora_twins") == 1
-    assert metric(run.url, "manylora_twin_bytes") == record["twin"]["bytes"]
+    assert metric(run.url, "twins") == 1
+    assert metric(run.url, "twin_bytes") == record["twin"]["bytes"]
     post(http, "rs", "unmerge")
-    assert metric(run.url, "manylora_twins") == 0
+    assert metric(run.url, "twins") == 0
 
 
 def test_a_twin_goes_with_its_revision(world: World, run: Run, http: httpx.Client) -> None:

@@ -250,8 +250,9 @@ class Twins:
             record.error.relative_logit_error,
             100 * record.delta_share,
         )
-        self._end(job, record)
+        # Before whoever waits is told.
         self._publish()
+        self._end(job, record)
 
     def _kept(self, twin: MergedTwin, order: MergeOrder) -> TwinRecord:
         """Return the record of a twin that is asked for again; an operator makes it his own."""
