@@ -11,10 +11,12 @@ from manylora_kernels.backends import (
     selected_backend,
 )
 from manylora_kernels.half import HalfWeight, halve
+from manylora_kernels.int8_rows import Int8Weight
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.ops import (
     half_embedding,
     half_linear,
+    int8_linear,
     lora_delta_,
     nf4_linear,
     nf4_linear_in_float,
@@ -28,6 +30,7 @@ from manylora_kernels.segments import RankExtent, RankSegments, Segment, Segment
 
 __all__ = [
     "HalfWeight",
+    "Int8Weight",
     "NF4Weight",
     "RankExtent",
     "RankSegments",
@@ -37,6 +40,7 @@ __all__ = [
     "half_embedding",
     "half_linear",
     "halve",
+    "int8_linear",
     "lora_delta_",
     "nf4_linear",
     "nf4_linear_in_float",

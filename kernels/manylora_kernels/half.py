@@ -49,17 +49,37 @@ def halve(weight: torch.Tensor) -> HalfWeight | None:
 
 def narrow(weight: torch.Tensor, dtype: torch.dtype) -> HalfWeight:
     """Return ``weight [out, in]``, rounded to ``dtype``, tiled."""
-    out, columns = weight.shape
+    half = blank(weight.shape[0], weight.shape[1], dtype, weight.device)
+    for start, rows in zip(range(0, weight.shape[0], _ROWS_AT_ONCE), _pieces(weight), strict=True):
+        store_rows(half, start, rows)
+    return half
+
+
+def blank(out: int, columns: int, dtype: torch.dtype, device: torch.device) -> HalfWeight:
+    """Return a weight of zeros for ``store_rows`` to fill."""
     panels, pairs = -(-out // PANEL_ROWS), -(-columns // 2)
-    tiles = torch.zeros(panels, pairs, 2 * PANEL_ROWS, dtype=dtype, device=weight.device)
-    for start, rows in zip(range(0, out, _ROWS_AT_ONCE), _pieces(weight), strict=True):
-        padded = rows.new_zeros(-(-rows.shape[0] // PANEL_ROWS) * PANEL_ROWS, 2 * pairs)
-        padded[: rows.shape[0], :columns] = rows
-        panel = start // PANEL_ROWS
-        chunk = padded.to(dtype).view(-1, PANEL_ROWS, pairs, 2)
-        into = tiles[panel : panel + chunk.shape[0]]
-        _by_row(into).copy_(chunk)
+    tiles = torch.zeros(panels, pairs, 2 * PANEL_ROWS, dtype=dtype, device=device)
     return HalfWeight(tiles, (out, columns))
+
+
+def store_rows(weight: HalfWeight, start: int, rows: torch.Tensor) -> None:
+    """Round ``rows [n, in]`` and let them be ``W[start:start + n]``.
+
+    ``start`` is a multiple of ``PANEL_ROWS``, and so is ``n`` unless they are the last.
+    """
+    panel, count = start // PANEL_ROWS, rows.shape[0]
+    pairs = weight.tiles.shape[1]
+    into = weight.tiles[panel : panel + -(-count // PANEL_ROWS)]
+    padded = rows.new_zeros(into.shape[0] * PANEL_ROWS, 2 * pairs)
+    padded[:count, : weight.shape[1]] = rows
+    chunk = padded.to(into.dtype).view(-1, PANEL_ROWS, pairs, 2)
+    _by_row(into).copy_(chunk)
+
+
+def read_rows(weight: HalfWeight, start: int, stop: int) -> torch.Tensor:
+    """Return ``W[start:stop]`` in float32; ``start`` is a multiple of ``PANEL_ROWS``."""
+    panels = weight.tiles[start // PANEL_ROWS : -(-stop // PANEL_ROWS)]
+    return widen(panels, stop - start, weight.shape[1], torch.float32)
 
 
 def widen(tiles: torch.Tensor, out: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

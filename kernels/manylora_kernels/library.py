@@ -18,6 +18,7 @@ _SCHEMAS = {
     "packed_linear": "(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor",
     "half_embedding": "(Tensor index, Tensor tiles, int columns) -> Tensor",
     "half_linear": "(Tensor x, Tensor tiles, int out_features, Tensor? bias) -> Tensor",
+    "int8_linear": "(Tensor x, Tensor tiles, Tensor scale, Tensor? bias) -> Tensor",
     "lora_delta_": (
         "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor segments, Tensor weights, "
         "Tensor? tokens, Tensor? valid, Tensor? rows, Tensor? scales, int step, "
@@ -77,6 +78,13 @@ def _half_linear_fake(
     x: torch.Tensor, tiles: torch.Tensor, out_features: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("manylora::int8_linear", lib=_library)
+def _int8_linear_fake(
+    x: torch.Tensor, tiles: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], scale.shape[0])
 
 
 @torch.library.register_fake("manylora::lora_delta_", lib=_library)

@@ -12,6 +12,7 @@ import manylora_kernels.reference  # noqa: F401 - both register: the operators, 
 from manylora_kernels.backends import REFERENCE, select_backend, selected_backend
 from manylora_kernels.gpu import TRITON
 from manylora_kernels.half import DTYPES, PANEL_ROWS, HalfWeight
+from manylora_kernels.int8_rows import Int8Weight
 from manylora_kernels.native import NATIVE, NATIVE_INT8
 from manylora_kernels.nf4 import NF4Weight
 from manylora_kernels.reference.int8 import REFERENCE_INT8
@@ -101,6 +102,25 @@ def half_linear(
             f"got {tuple(tiles.shape)} of {tiles.dtype}"
         )
     result: torch.Tensor = torch.ops.manylora.half_linear(x, tiles, out_features, bias)
+    return result
+
+
+def int8_linear(
+    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``y[t] = scale * (Q x[t]) + bias`` for a ``W = diag(scale) Q`` in one byte a weight.
+
+    ``x``: ``[T, in]`` of any floating dtype; the result ``[T, out]`` has ``x``'s dtype. Neither
+    ``x`` nor a sum is rounded to eight bits.
+    """
+    out_features, in_features = weight.shape
+    if x.dim() != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x must be [T, {in_features}], got {tuple(x.shape)}")
+    tiles = weight.tiles
+    wanted = (-(-out_features // PANEL_ROWS), -(-in_features // 2), 2, PANEL_ROWS)
+    if tiles.shape != wanted or tiles.dtype != torch.int8:
+        raise ValueError(f"tiles must be {wanted} of int8, got {tuple(tiles.shape)} {tiles.dtype}")
+    result: torch.Tensor = torch.ops.manylora.int8_linear(x, tiles, weight.scale, bias)
     return result
 
 

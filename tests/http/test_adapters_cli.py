@@ -27,7 +27,7 @@ from support.fake_engine import FakeEngine
 from support.server_process import served
 
 KEY = "boss-key"
-ACTIONS = ["load", "unload", "pin", "unpin"]
+ACTIONS = ["load", "unload", "pin", "unpin", "merge", "unmerge"]
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def other_server() -> Iterator[str]:
         ["list", "--url", "http://[::1"],
         ["list", "--admin-key", "two words"],
         ["list", "--admin-key", "schlüssel"],
-        ["merge", "tales"],
+        ["melt", "tales"],
     ],
     ids=lambda value: " ".join(value)[:40],
 )
@@ -358,6 +358,29 @@ def test_bad_usage(run, arguments):
     assert message
     assert "schlüssel" not in message
     assert "two words" not in message
+
+
+class TestMerging:
+    @pytest.mark.parametrize("precision", [None, "int8"])
+    def test_merge_and_unmerge(self, run, engine, precision):
+        stock(run, "tales")
+        chosen = () if precision is None else ("--precision", precision)
+        result = run("merge", "tales", *chosen)
+        [row] = rows(result)
+        assert row[0] == "tales"
+        assert engine.adapter_service.adapters["tales"].merged == (precision or "bf16")
+        assert "3.0 MiB in bfloat16): 99.9% of its change survived" in result.stderr
+        assert run("unmerge", "tales").exit_code == 0
+        assert engine.adapter_service.adapters["tales"].merged is None
+
+    def test_a_loss_is_refused_unless_forced(self, run):
+        stock(run, "tales")
+        assert "3.0% of it would survive" in failure(run("merge", "tales", "--precision", "nf4"))
+        result = run("merge", "tales", "--precision", "nf4", "--force", "--json")
+        assert json.loads(result.stdout)["merged"] == "nf4"
+
+    def test_a_precision_that_is_none(self, run):
+        assert "fp8" in failure(run("merge", "tales", "--precision", "fp8"), code=2)
 
 
 @pytest.mark.parametrize("command", ["list", "show", "add", "remove", "rollback", *ACTIONS])

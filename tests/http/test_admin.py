@@ -198,7 +198,40 @@ class TestChanging:
         assert response.status_code == 404
         assert error(response)["code"] == "adapter_not_found"
 
-    @pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin"])
+    @pytest.mark.parametrize(
+        ("body", "precision"),
+        [(None, "bf16"), ({}, "bf16"), ({"precision": "int8"}, "int8"), ({"force": True}, "bf16")],
+    )
+    def test_merge_and_unmerge(self, stocked, body, precision):
+        record = stocked.post("/admin/adapters/one/merge", body).json()
+        assert record["merged"] == precision
+        assert record["twin"]["delta_share"] == 0.9991
+        assert stocked.get("/admin/adapters/one").json() == record
+        assert stocked.post("/admin/adapters/one/unmerge").json()["merged"] is None
+        assert stocked.get("/admin/adapters/one").json()["twin"] is None
+
+    def test_an_nf4_twin_that_loses_too_much(self, stocked, error):
+        response = stocked.post("/admin/adapters/one/merge", {"precision": "nf4"})
+        assert response.status_code == 422
+        assert error(response)["code"] == "adapter_unsupported"
+        assert error(response)["param"] == "precision"
+        body = {"precision": "nf4", "force": True}
+        assert stocked.post("/admin/adapters/one/merge", body).json()["merged"] == "nf4"
+
+    @pytest.mark.parametrize(
+        ("body", "param"),
+        [
+            ({"precision": "fp8"}, "precision"),
+            ({"precision": "nf4", "force": "yes"}, "force"),
+            ({"dtype": "bf16"}, "dtype"),
+        ],
+    )
+    def test_merges_at_fault(self, stocked, error, body, param):
+        response = stocked.post("/admin/adapters/one/merge", body)
+        assert response.status_code == 400
+        assert error(response)["param"] == param
+
+    @pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin", "unmerge"])
     def test_unknown_fields_and_parameters(self, stocked, error, action):
         response = stocked.post(f"/admin/adapters/one/{action}", {"force": True})
         assert response.status_code == 400
@@ -229,6 +262,8 @@ class TestChanging:
         ("POST", "/unload", None),
         ("POST", "/pin", None),
         ("POST", "/unpin", None),
+        ("POST", "/merge", None),
+        ("POST", "/unmerge", None),
         ("POST", "/rollback", {"digest": A_DIGEST}),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from manylora_server.api.metrics import MAX_ADAPTER_LABELS, PrometheusMetrics
@@ -78,6 +80,18 @@ def test_steps():
     assert value(metrics, "adapter_residency", tier="device") == 3
     assert value(metrics, "adapter_residency", tier="host") == 8
     assert value(metrics, "preemptions_total") == 2
+    assert value(metrics, "merged_steps_total") == 0
+
+
+def test_merges():
+    metrics = PrometheusMetrics()
+    metrics.on_step(replace(STEP, merged=True))
+    metrics.on_twins(2, 4096)
+    metrics.on_auto_merge("promote")
+    assert value(metrics, "merged_steps_total") == 1
+    assert value(metrics, "twins") == 2
+    assert value(metrics, "twin_bytes") == 4096
+    assert value(metrics, "auto_merge_decisions_total", decision="promote") == 1
 
 
 def test_requests_and_tokens():

@@ -24,6 +24,7 @@ from support.nf4 import quantize
 OPERATIONS = [
     "half_embedding",
     "half_linear",
+    "int8_linear",
     "lora_delta_",
     "nf4_linear",
     "packed_linear",
@@ -73,6 +74,15 @@ CALLS = {
     "half_linear": (
         "half_linear",
         lambda: (torch.randn(3, 9), narrow(torch.randn(5, 9), torch.float16).tiles, 5, None),
+    ),
+    "int8_linear": (
+        "int8_linear",
+        lambda: (
+            torch.randn(3, 9),
+            torch.randint(-127, 128, (1, 5, 2, 16), dtype=torch.int8),
+            torch.rand(5),
+            torch.randn(5),
+        ),
     ),
     "nf4_linear, double quantization": ("nf4_linear", lambda: nf4_arguments(True, True)),
     "nf4_linear, float maxima": ("nf4_linear", lambda: nf4_arguments(False, False)),

@@ -21,7 +21,12 @@ from manylora_server.core.errors import (
     ManyloraError,
 )
 from manylora_server.core.store_errors import store_errors_translated
-from manylora_store.errors import AdapterInvalidError, StoreError, TooLargeError
+from manylora_store.errors import (
+    AdapterInvalidError,
+    AdapterUnsupportedError,
+    StoreError,
+    TooLargeError,
+)
 
 
 class FakeSink:
@@ -80,6 +85,14 @@ class FakeStaging:
         return {path.name: path.read_bytes() for path in sorted(self.path.iterdir())}
 
 
+TWIN = {
+    "bytes": 3 * 2**20,
+    "storage": "bfloat16",
+    "delta_share": 0.9991,
+    "error": {"kl_divergence": 2.5e-5},
+}
+
+
 @dataclass(frozen=True)
 class FakeStatus:
     name: str
@@ -88,6 +101,7 @@ class FakeStatus:
     number: int
     residency: str = "disk"
     pinned: bool = False
+    merged: str | None = None
     in_use: int = 0
     revisions: tuple[Mapping[str, Any], ...] = ()
 
@@ -106,7 +120,8 @@ class FakeStatus:
             "source": self.source,
             "residency": self.residency,
             "pinned": self.pinned,
-            "merged": None,
+            "merged": self.merged,
+            "twin": self.merged and TWIN,
             "in_use": self.in_use,
             "aliases": [self.name],
             "revisions": [dict(revision) for revision in self.revisions],
@@ -180,6 +195,16 @@ class FakeAdapterService:
 
     async def set_pinned(self, name: str, pinned: bool) -> FakeStatus:
         return self._change(name, pinned=pinned)
+
+    async def merge(self, name: str, precision: str, *, force: bool) -> FakeStatus:
+        self._get(name)
+        if precision == "nf4" and not force:
+            lost = AdapterUnsupportedError("precision: 3.0% of it would survive.")
+            raise AdapterRefusedError(lost, param="precision")
+        return self._change(name, merged=precision)
+
+    async def unmerge(self, name: str) -> FakeStatus:
+        return self._change(name, merged=None)
 
     async def rollback(self, name: str, digest: str) -> FakeStatus:
         known = [revision["digest"] for revision in self._get(name).revisions]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from manylora_server.adapters.twins.job import MergeOrder
+from manylora_server.adapters.twins.record import TwinRecord
 from manylora_server.core.config import EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.observer import NullObserver
 from manylora_server.core.types import (
@@ -33,17 +36,23 @@ DEVICE = os.environ.get("MANYLORA_TEST_DEVICE", "cpu")
 
 
 class Recorder:
-    """Takes the place of an engine's runner and keeps what each request's tokens came from."""
+    """Takes the place of an engine's runners and keeps what each request's tokens came from."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._runner = engine._runner
+        self._choose = engine.twins.runner_for
         engine._runner = self
+        engine.twins.runner_for = self._twin_for  # type: ignore[method-assign,assignment]
         self.steps: list[list[Chunk]] = []
+        self.merged_steps = 0
         self.rows: dict[str, list[torch.Tensor]] = {}
 
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        result = self._runner.logits(chunks)
+        return self.record(self._runner, chunks)
+
+    def record(self, runner: Any, chunks: Sequence[Chunk]) -> torch.Tensor:
+        result: torch.Tensor = runner.logits(chunks)
         self.steps.append(list(chunks))
         running = self._engine.scheduler.running
         owner = {id(s.block_table): s.request.request_id for s in running}
@@ -51,6 +60,22 @@ class Recorder:
         for request_id, row in zip(sampled, result.to("cpu", copy=True), strict=True):
             self.rows.setdefault(request_id, []).append(row)
         return result
+
+    def _twin_for(self, digests: set[str | None], tokens: int) -> Any:
+        twin = self._choose(digests, tokens)
+        if twin is None:
+            return None
+        self.merged_steps += 1
+        return _Recorded(self, twin)
+
+
+@dataclass
+class _Recorded:
+    recorder: Recorder
+    runner: Any
+
+    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        return self.recorder.record(self.runner, chunks)
 
 
 def build(
@@ -134,6 +159,19 @@ def bring_in(engine: AsyncEngine) -> None:
         residency.host.wait(60)
     for load in loads:
         load.result()
+
+
+def merge(engine: AsyncEngine, name: str, precision: Any = "bf16", **more: Any) -> TwinRecord:
+    """Step an engine that has nothing else to do until the adapter is merged."""
+    core = inner(engine)
+    order = MergeOrder(engine.adapters.resolve(name).digest, precision, **more)
+    future = core.twins.merge(order)
+    while not future.done():
+        core.step()
+        core.check_integrity()
+        if core.stalled:
+            core.residency.host.wait(60)
+    return future.result()
 
 
 def run(

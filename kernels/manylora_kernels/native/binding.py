@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 # As in src/runtime.cpp.
-INTERFACE = 6
+INTERFACE = 7
 ISAS = ("portable", "avx2", "avx512")
 ISA_VARIABLE = "MANYLORA_NATIVE_ISA"
 LIBRARY_VARIABLE = "MANYLORA_NATIVE_LIBRARY"

@@ -104,13 +104,14 @@ class Instruction(ctypes.Structure):
 
 
 class HalfMatrix(ctypes.Structure):
-    """A ``HalfWeight``."""
+    """A ``HalfWeight``, or an ``Int8Weight`` with its ``scale``."""
 
     _fields_ = (
         ("tiles", ctypes.c_void_p),
         ("kind", ctypes.c_int64),
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
     )
 
 

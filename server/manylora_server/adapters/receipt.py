@@ -165,7 +165,7 @@ class Measurement:
             error = (got - expected).abs().amax(1)
             relative = error / scale
             effect = float(((expected - meter.base_logits).abs().amax(1) / scale).median())
-            divergence = max(map(_divergence, expected, got))
+            largest = max(map(divergence, expected, got))
             agreement = float((expected.argmax(1) == got.argmax(1)).double().mean())
             median, threshold = float(relative.median()), meter.allowed(effect)
         if median > threshold:
@@ -181,7 +181,7 @@ class Measurement:
             max_abs_logit_error=float(error.max()),
             relative_logit_error=median,
             largest_relative_logit_error=float(relative.max()),
-            kl_divergence=divergence,
+            kl_divergence=largest,
             top_token_agreement=agreement,
             effect=effect,
             threshold=threshold,
@@ -217,7 +217,7 @@ def _check_finite(whose: str, logits: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
+def divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
     """Return the KL divergence between the softmaxes of two rows of logits, in nats."""
     p, q = expected.double().log_softmax(0), got.double().log_softmax(0)
     return max(0.0, float((p.exp() * (p - q)).sum()))

@@ -33,6 +33,7 @@ class Residency:
         self.host = host
         self.on_device: frozenset[str] = frozenset()
         self.pinned: frozenset[str] = frozenset()
+        self._held: set[str] = set()
         self._observer = observer
         self._interest: Counter[str] = Counter()
         self._promised: set[str] = set()
@@ -73,6 +74,14 @@ class Residency:
         """Keep the slots of ``digests``, and of no others, from now on; load those without one."""
         self.pinned = digests
         self._pins_to_load = {d for d in digests if self.slots.state(d) is SlotState.EMPTY}
+
+    def hold(self, digest: str) -> None:
+        """Keep the adapter's slot, once it has one, for work between steps."""
+        self._held.add(digest)
+
+    def let_go(self, digest: str) -> None:
+        """End what ``hold`` began."""
+        self._held.discard(digest)
 
     def refuse_asked(self, error: ManyloraError) -> None:
         """Answer all that operators asked for with ``error``: there will be no more steps."""
@@ -138,7 +147,7 @@ class Residency:
             return Readiness.NO_ROOM
         self._promised.update(digests)
         for digest, adapter in arrived.items():
-            begun = self.slots.begin(digest, adapter, self._promised | self.pinned)
+            begun = self.slots.begin(digest, adapter, self._promised | self.pinned | self._held)
             assert begun, "there was room for all"
             self._began[digest] = time.perf_counter()
             self.host.taken(digest)
@@ -148,7 +157,7 @@ class Residency:
 
     def shortage(self, digests: Collection[str]) -> int:
         """Return how many slots are lacking now for the adapters to be on the device together."""
-        kept = {*self._promised, *self.pinned, *digests}
+        kept = {*self._promised, *self.pinned, *self._held, *digests}
         return max(0, len(self._missing(digests)) - self.slots.room(kept))
 
     def fits(self, digests: Iterable[str]) -> bool:
@@ -169,7 +178,7 @@ class Residency:
 
     def kept(self, digest: str) -> bool:
         """Whether the adapter's slot may not be given to another one in this step."""
-        return digest in self._promised or digest in self.pinned
+        return digest in self._promised or digest in self.pinned or digest in self._held
 
     def check_integrity(self, live: Collection[str]) -> None:
         """Assert that exactly the requests for ``live`` (a digest per request) are expected."""

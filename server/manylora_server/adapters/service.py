@@ -22,6 +22,8 @@ from manylora_server.adapters.name_locks import NameLocks
 from manylora_server.adapters.pins import EngineTasks, Pins
 from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.status import TIERS, AdapterStatus, Tier
+from manylora_server.adapters.twins.job import MergeOrder
+from manylora_server.adapters.twins.twins import Twins
 from manylora_server.core.blocking import in_thread
 from manylora_server.core.errors import (
     AdapterConflictError,
@@ -31,6 +33,7 @@ from manylora_server.core.errors import (
 from manylora_server.core.observer import EngineObserver, EngineState
 from manylora_server.core.staged import staged
 from manylora_server.core.store_errors import store_errors_translated
+from manylora_server.core.types import Precision
 from manylora_store.intake.staging import Staging
 from manylora_store.records import AdapterRecord, Publication
 
@@ -52,6 +55,7 @@ class AdapterService:
         intake: Intake,
         residency: Residency,
         host: HostTier,
+        twins: Twins,
         engine: EngineTasks,
         engine_state: Callable[[], EngineState],
         observer: EngineObserver,
@@ -61,6 +65,7 @@ class AdapterService:
         self._intake = intake
         self._residency = residency
         self._host = host
+        self._twins = twins
         self._engine = engine
         self._engine_state = engine_state
         self._observer = observer
@@ -161,7 +166,7 @@ class AdapterService:
         return await self.describe(name)
 
     async def unload(self, name: str) -> AdapterStatus:
-        """Free the adapter's device and host memory; it stays registered."""
+        """Free the adapter's device and host memory, and its twin's; it stays registered."""
         record = await self._record(name)
         if record.pinned:
             raise AdapterConflictError(
@@ -171,9 +176,7 @@ class AdapterService:
         dropped = False
         if not count:
             digest = record.digest
-            dropped = await asyncio.wrap_future(
-                self._engine.run(lambda: self._residency.drop(digest))
-            )
+            dropped = await asyncio.wrap_future(self._engine.run(lambda: self._free(digest)))
         if not dropped:
             raise AdapterInUseError(
                 f"name: {max(count, 1)} requests use adapter {name!r} now; try again later.",
@@ -188,6 +191,27 @@ class AdapterService:
         if pinned:
             self._catalog.check_base(name, record.base_fingerprint)
         await self._pins.set(name, pinned)
+        return await self.describe(name)
+
+    async def merge(self, name: str, precision: Precision, *, force: bool) -> AdapterStatus:
+        """Fold the name's current revision into a copy of the base's weights, a *twin*.
+
+        Returns once steps may use it; requests go on meanwhile. Goes on even if nobody waits.
+        """
+        record = await self._record(name)
+        self._catalog.check_base(name, record.base_fingerprint)
+        order = MergeOrder(record.digest, precision, force)
+        merging = await asyncio.wrap_future(self._engine.run(lambda: self._twins.merge(order)))
+        await asyncio.shield(asyncio.wrap_future(merging))
+        await in_thread(give_memory_back)
+        return await self.describe(name)
+
+    async def unmerge(self, name: str) -> AdapterStatus:
+        """Drop the twin of the name's current revision, or stop making one; else do nothing."""
+        record = await self._record(name)
+        digest = record.digest
+        await asyncio.wrap_future(self._engine.run(lambda: self._twins.drop(digest)))
+        await in_thread(give_memory_back)
         return await self.describe(name)
 
     async def rollback(self, name: str, digest: str) -> AdapterStatus:
@@ -238,6 +262,7 @@ class AdapterService:
                 "slots": len(self._residency.slots),
                 "pinned": len(self._residency.pinned),
             },
+            "merging": self._twins.stats(),
             "engine": asdict(self._engine_state()),
             "process": {
                 "rss_bytes": psutil.Process().memory_info().rss,
@@ -265,7 +290,8 @@ class AdapterService:
             tier = "device"
         elif record.digest in self._host:
             tier = "host"
-        return AdapterStatus(record, tier, self._catalog.in_use(record.name))
+        twin = self._twins.records.get(record.digest)
+        return AdapterStatus(record, tier, self._catalog.in_use(record.name), twin)
 
     async def _forget(self, name: str) -> None:
         """Remove a name that is not in use, and what it alone kept in memory."""
@@ -297,4 +323,11 @@ class AdapterService:
             self._catalog.retire(previous)
 
     def _drop(self, digest: str) -> None:
-        self._engine.run(lambda: self._residency.drop(digest))
+        self._engine.run(lambda: self._free(digest))
+
+    def _free(self, digest: str) -> bool:
+        """Free all that an adapter takes but its files; in the engine's thread."""
+        if not self._residency.drop(digest):
+            return False
+        self._twins.drop(digest)
+        return True

@@ -11,6 +11,7 @@ from manylora_server.api.admin_schemas import (
     AddAdapterRequest,
     ListQuery,
     LoadRequest,
+    MergeRequest,
     NoFields,
     RemoveQuery,
     RollbackRequest,
@@ -133,6 +134,27 @@ async def unpin_adapter(request: Request, name: str) -> Json:
     """Let an adapter be evicted for others again."""
     await read_optional_json(request, NoFields)
     return (await _service(request).set_pinned(name, False)).as_dict()
+
+
+@router.post(
+    "/admin/adapters/{name}/merge",
+    dependencies=_NO_QUERY,
+    openapi_extra=json_body(MergeRequest, required=False),
+)
+async def merge_adapter(request: Request, name: str) -> Json:
+    """Fold an adapter into a copy of the base's weights, which steps of it alone then use.
+
+    Answers once they may; requests go on meanwhile. It goes on without a client that waits.
+    """
+    body = await read_optional_json(request, MergeRequest)
+    return (await _service(request).merge(name, body.precision, force=body.force)).as_dict()
+
+
+@router.post("/admin/adapters/{name}/unmerge", dependencies=_NO_QUERY)
+async def unmerge_adapter(request: Request, name: str) -> Json:
+    """Drop an adapter's merged copy; the base was never touched, so nothing is to be undone."""
+    await read_optional_json(request, NoFields)
+    return (await _service(request).unmerge(name)).as_dict()
 
 
 @router.post(

@@ -104,6 +104,13 @@ class ExportListQuery(QueryModel):
     after: Annotated[str, Field(max_length=100)] | None = None
 
 
+class MergeRequest(StrictModel):
+    """``POST /admin/adapters/{name}/merge``; ``force`` takes an nf4 twin whatever it lost."""
+
+    precision: Literal["bf16", "int8", "nf4"] = "bf16"
+    force: bool = False
+
+
 class NoFields(StrictModel):
     """The body of a call that needs none."""
 
@@ -143,6 +150,7 @@ ADMIN_MODELS: tuple[type[StrictModel], ...] = (
     LoadRequest,
     RollbackRequest,
     ExportBody,
+    MergeRequest,
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
 )

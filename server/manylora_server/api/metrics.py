@@ -94,8 +94,16 @@ class PrometheusMetrics:
         self._preemptions = Counter(
             "manylora_preemptions", "Sequences put back to the queue.", registry=registry
         )
-        self.merged_steps = Counter(
+        self._merged_steps = Counter(
             "manylora_merged_steps", "Steps that used a merged twin.", registry=registry
+        )
+        self._twins = _gauge(registry, "twins", "Merged twins held.")
+        self._twin_bytes = _gauge(registry, "twin_bytes", "Memory of all merged twins.")
+        self._auto_merges = Counter(
+            "manylora_auto_merge_decisions",
+            "What the automatic policy did.",
+            ("decision",),
+            registry=registry,
         )
         Info("manylora_build", "What runs here.", registry=registry).info({"version": __version__})
 
@@ -105,6 +113,7 @@ class PrometheusMetrics:
         self._batch_tokens.observe(stats.batch_tokens)
         self._distinct_adapters.observe(stats.distinct_adapters)
         self._preemptions.inc(stats.preemptions)
+        self._merged_steps.inc(int(stats.merged))
 
     def on_state(self, state: EngineState) -> None:
         """Take note of what the engine holds."""
@@ -145,6 +154,15 @@ class PrometheusMetrics:
     def on_registered(self, count: int) -> None:
         """Take note of how many names are registered now; all of them are on disk."""
         self._residency.labels("disk").set(count)
+
+    def on_twins(self, count: int, size: int) -> None:
+        """Take note of how many merged twins there are, and of their bytes."""
+        self._twins.set(count)
+        self._twin_bytes.set(size)
+
+    def on_auto_merge(self, decision: str) -> None:
+        """Take note of what the automatic policy decided."""
+        self._auto_merges.labels(decision).inc()
 
 
 def _histogram(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from manylora_server.cli import admin_options as options
-from manylora_server.cli.tables import plain, print_fields, print_json, print_rows
+from manylora_server.cli.tables import plain, print_fields, print_json, print_rows, size_text
 
 if TYPE_CHECKING:
     from manylora_server.cli.client import AdminClient
@@ -151,6 +151,32 @@ def unpin(
 
 
 @app.command()
+def merge(
+    name: options.Name,
+    precision: options.Precision = "bf16",
+    force: options.Force = False,
+    url: options.Url = options.DEFAULT_URL,
+    admin_key: options.AdminKey = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fold an adapter into a copy of the base's weights; returns once steps may use it."""
+    body = {"precision": precision, "force": force}
+    record = _change(name, "merge", url, admin_key, as_json, body=body)
+    _say_twin(record)
+
+
+@app.command()
+def unmerge(
+    name: options.Name,
+    url: options.Url = options.DEFAULT_URL,
+    admin_key: options.AdminKey = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Drop an adapter's merged copy; its memory comes back."""
+    _change(name, "unmerge", url, admin_key, as_json)
+
+
+@app.command()
 def rollback(
     name: options.Name,
     digest: options.Digest,
@@ -183,10 +209,21 @@ def _change(
     as_json: bool,
     *,
     body: dict[str, Any] | None = None,
-) -> None:
+) -> dict[str, Any]:
     with _server(url, key) as server:
         record = server.change(name, action, body)
     _print(record, as_json)
+    return record
+
+
+def _say_twin(record: dict[str, Any]) -> None:
+    """Say what a merge cost and what it kept."""
+    twin = record["twin"]
+    _say(
+        f"{record['name']} is merged as {record['merged']} ({size_text(twin['bytes'])} in "
+        f"{twin['storage']}): {twin['delta_share']:.1%} of its change survived, mean KL divergence "
+        f"{twin['error']['kl_divergence']:.1e}"
+    )
 
 
 def _print(record: dict[str, Any], as_json: bool) -> None:

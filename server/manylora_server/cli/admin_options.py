@@ -115,3 +115,10 @@ Drain = Annotated[
 Pin = Annotated[
     bool | None, typer.Option("--pin/--unpin", help="Also keep it there, or stop keeping it.")
 ]
+Precision = Annotated[
+    Literal["bf16", "int8", "nf4"],
+    typer.Option("--precision", help="What the merged weights are kept in."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take it even if nf4 loses more than a tenth of the change.")
+]

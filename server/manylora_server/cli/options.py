@@ -133,6 +133,23 @@ AdapterHostMemory = Annotated[
         help="Host memory for compiled adapters. (default: a tenth of what is free)",
     ),
 ]
+MergeMemory = Annotated[
+    int | None,
+    typer.Option(
+        envvar="MANYLORA_MERGE_MEMORY",
+        parser=size_option,
+        metavar="SIZE",
+        help="Memory for merged copies of adapters. (default: a quarter of what is free)",
+    ),
+]
+AutoMerge = Annotated[
+    bool,
+    typer.Option(
+        "--auto-merge",
+        envvar="MANYLORA_AUTO_MERGE",
+        help="Merge adapters whose traffic makes it pay, and unmerge them when it does not.",
+    ),
+]
 MaxAdapterSize = Annotated[
     int | None,
     typer.Option(

@@ -58,6 +58,8 @@ def serve(
     adapter_slots: options.AdapterSlots = _DEFAULTS.adapter_slots,
     adapter_host_memory: options.AdapterHostMemory = None,
     max_adapter_size: options.MaxAdapterSize = None,
+    merge_memory: options.MergeMemory = None,
+    auto_merge: options.AutoMerge = False,
     registry_url: options.RegistryUrl = None,
     blobs_url: options.BlobsUrl = None,
     api_key_file: options.ApiKeyFile = None,
@@ -90,6 +92,8 @@ def serve(
                 kv_cache_bytes=kv_cache_memory,
                 adapter_slots=adapter_slots,
                 adapter_host_bytes=adapter_host_memory,
+                merge_bytes=merge_memory,
+                auto_merge=auto_merge,
             ),
             http=http,
             store=StoreConfig(

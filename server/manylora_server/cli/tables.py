@@ -79,12 +79,21 @@ def _row_for_people(record: Json) -> dict[str, str]:
         "DIGEST": record["digest"][:_DIGEST_DIGITS],
         "TYPE": record["peft_type"],
         "RANK": str(record["rank"]),
-        "SIZE": _size(record["bytes"]),
-        "WHERE": record["residency"] + (", pinned" if record["pinned"] else ""),
+        "SIZE": size_text(record["bytes"]),
+        "WHERE": _where(record),
         "IN USE": str(record["in_use"]),
         "ADDED": _time(record["created_at"]),
         "SOURCE": plain(record["source"]),
     }
+
+
+def _where(record: Json) -> str:
+    where = [record["residency"]]
+    if record["pinned"]:
+        where.append("pinned")
+    if record["merged"] is not None:
+        where.append(f"merged as {record['merged']}")
+    return ", ".join(where)
 
 
 def _for_people(name: str, value: Any) -> str:
@@ -95,7 +104,7 @@ def _for_people(name: str, value: Any) -> str:
         case "created_at", int():
             return _time(value)
         case "bytes", int():
-            return _size(value)
+            return size_text(value)
         case "ranks", dict():
             return f"{min(value.values())} to {max(value.values())} in {len(value)} modules"
         case "revisions", list():
@@ -130,7 +139,8 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return ``count`` bytes in the unit that fits."""
     value, unit = float(count), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1

@@ -67,7 +67,9 @@ class EngineConfig:
     ``max_sequences`` the running sequences, ``max_queue`` the requests that wait;
     ``kv_cache_bytes`` the memory of the paged KV cache (``None``: a share of what is free);
     ``adapter_slots`` the adapters resident on the device at once, ``adapter_host_bytes`` the host
-    memory for compiled adapters (``None``: a share of what is free).
+    memory for compiled adapters (``None``: a share of what is free). ``merge_bytes`` is the memory
+    for merged twins (``None``: a share of what is free); with ``auto_merge`` the server merges what
+    pays by itself.
     """
 
     max_model_len: int | None = None
@@ -79,6 +81,8 @@ class EngineConfig:
     prefix_cache: bool = True
     adapter_slots: int = 16
     adapter_host_bytes: int | None = None
+    merge_bytes: int | None = None
+    auto_merge: bool = False
 
     def __post_init__(self) -> None:
         for name in (

@@ -10,12 +10,16 @@ from manylora_server.core.types import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One engine step. Tokens are rows of the flattened batch; the base is no adapter."""
+    """One engine step. Tokens are rows of the flattened batch; the base is no adapter.
+
+    ``merged``: it used a twin.
+    """
 
     seconds: float
     batch_tokens: int
     distinct_adapters: int
     preemptions: int
+    merged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,12 @@ class EngineObserver(Protocol):
     def on_registered(self, count: int) -> None:
         """Take note of how many names are registered now, wherever their adapters are."""
 
+    def on_twins(self, count: int, size: int) -> None:
+        """Take note of how many merged twins there are now, and of their bytes."""
+
+    def on_auto_merge(self, decision: str) -> None:
+        """Take note of what the automatic policy decided (``promote``, ``demote``)."""
+
 
 class NullObserver:
     """Watches nothing; for engines without metrics."""
@@ -99,4 +109,10 @@ class NullObserver:
         """Ignore."""
 
     def on_registered(self, count: int) -> None:
+        """Ignore."""
+
+    def on_twins(self, count: int, size: int) -> None:
+        """Ignore."""
+
+    def on_auto_merge(self, decision: str) -> None:
         """Ignore."""

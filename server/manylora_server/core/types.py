@@ -7,6 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Literal
+
+Precision = Literal["bf16", "int8", "nf4"]
 
 
 class FinishReason(StrEnum):

@@ -76,7 +76,14 @@ class AsyncEngine:
         residency = engine.residency
         residency.host.on_loaded = self.wake
         self.adapter_service = AdapterService(
-            adapters, intake, residency, residency.host, self, lambda: engine.state, engine.observer
+            adapters,
+            intake,
+            residency,
+            residency.host,
+            engine.twins,
+            self,
+            lambda: engine.state,
+            engine.observer,
         )
         self._export_service = None if exports is None else exports(self)
 
@@ -260,6 +267,7 @@ class AsyncEngine:
                     sent()
             self._deliver(self._engine.fail_all(message))
             self._engine.residency.refuse_asked(NotReadyError(f"{message}."))
+            self._engine.twins.refuse_all(NotReadyError(f"{message}."))
             self._engine.report_state()
         except Exception:
             logger.exception("the engine could not end its requests")

@@ -17,6 +17,9 @@ from manylora_server.adapters.host_tier import HostTier
 from manylora_server.adapters.intake import Intake
 from manylora_server.adapters.receipt import ReceiptMeter
 from manylora_server.adapters.residency import Residency
+from manylora_server.adapters.twins.job import Base
+from manylora_server.adapters.twins.policy import AutoMerge
+from manylora_server.adapters.twins.twins import Twins
 from manylora_server.core.config import EngineConfig, ModelConfig, ServerConfig
 from manylora_server.core.errors import ManyloraError, StartupError
 from manylora_server.core.observer import EngineObserver
@@ -48,6 +51,7 @@ logger = logging.getLogger(__name__)
 # Of the memory that is free once the base is loaded.
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.8}
 _HOST_SHARE = 0.1
+_MERGE_SHARE = {"cpu": 0.25, "cuda": 0.1}
 
 
 def build_engine(config: ServerConfig, observer: EngineObserver) -> AsyncEngine:
@@ -79,13 +83,15 @@ def _build(config: ServerConfig, observer: EngineObserver, thread: EngineThread)
     logger.info("self-test passed: largest relative logit error %.1e", tested.error)
     store = open_store(config)
     try:
-        meter = ReceiptMeter(loaded, tested, BaseView(loaded.model))
+        view = BaseView(loaded.model)
+        meter = ReceiptMeter(loaded, tested, view)
         intake = Intake(store, loaded.layout, meter, loaded.dtype, loaded.device)
         for name, source in config.adapters:
             register(intake, name, source)
         return assemble(
             loaded,
             tested,
+            view,
             intake,
             Tokenizer.from_folder(loaded.folder),
             model_config.served_name,
@@ -128,6 +134,7 @@ def register(intake: Intake, name: str, source: str) -> None:
 def assemble(
     loaded: LoadedModel,
     tested: SelfTestResult,
+    view: BaseView,
     intake: Intake,
     tokenizer: Tokenizer,
     name: str,
@@ -144,6 +151,9 @@ def assemble(
             f"{loaded.max_positions} positions.",
             param="--max-model-len",
         )
+    merge_bytes = config.merge_bytes
+    if merge_bytes is None:
+        merge_bytes = int(_free_bytes(loaded.device) * _MERGE_SHARE[loaded.device.type])
     num_blocks = _num_blocks(loaded, tested, config, max_model_len)
     cache = KVCache(tested.shapes, num_blocks, config.kv_block_tokens, loaded.dtype, loaded.device)
     blocks = KVBlocks(num_blocks, config.kv_block_tokens, prefix_cache=config.prefix_cache)
@@ -164,6 +174,8 @@ def assemble(
         runner.graphs = DecodeGraphs(
             loaded.model, cache, lambda: modules.wrapped, loaded.dtype, loaded.device
         )
+    policy = AutoMerge() if config.auto_merge else None
+    base = Base(loaded, tested, view, modules, runner)
     engine = Engine(
         runner=runner,
         blocks=blocks,
@@ -173,6 +185,7 @@ def assemble(
         max_model_len=max_model_len,
         config=config,
         observer=observer,
+        twins=Twins(base, residency, merge_bytes, observer, policy),
     )
     limits = EngineLimits(
         max_model_len=max_model_len,
@@ -255,11 +268,7 @@ def _num_blocks(
     most = config.max_sequences * -(-max_model_len // config.kv_block_tokens) + 1
     memory = config.kv_cache_bytes
     if memory is None:
-        if loaded.device.type == "cuda":
-            free = torch.cuda.mem_get_info(loaded.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        memory = int(free * _KV_SHARE[loaded.device.type])
+        memory = int(_free_bytes(loaded.device) * _KV_SHARE[loaded.device.type])
     count = min(most, memory // per_block)
     if count < 2:
         raise StartupError(
@@ -268,3 +277,9 @@ def _num_blocks(
             param="--kv-cache-memory",
         )
     return int(count)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from manylora_server.adapters.residency import Residency
+from manylora_server.adapters.twins.twins import Twins
 from manylora_server.core.config import EngineConfig
 from manylora_server.core.errors import AdapterLoadError
 from manylora_server.core.observer import (
@@ -64,9 +65,11 @@ class Engine:
         eos_token_ids: SequenceOf[int],
         max_model_len: int,
         config: EngineConfig,
+        twins: Twins,
         observer: EngineObserver | None = None,
     ) -> None:
         self._runner = runner
+        self.twins = twins
         self._decoder = decoder
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
@@ -75,17 +78,18 @@ class Engine:
         self.scheduler = Scheduler(blocks, residency, config.max_batch_tokens, config.max_sequences)
         self._live: dict[str, _Live] = {}
         self._stalled = False
+        self._waits = True
         self.state = self._look()
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished, or an adapter on its way to the device."""
-        return bool(self._live) or self.residency.busy
+        """Whether any request is unfinished, an adapter on its way to the device, or a merge."""
+        return bool(self._live) or self.residency.busy or self.twins.busy
 
     @property
     def stalled(self) -> bool:
-        """Whether the last step had nothing to compute: all there is waits for adapters."""
-        return self._stalled
+        """Whether the last step had nothing to do: all there is waits for adapters."""
+        return self._stalled and self._waits
 
     @property
     def unfinished(self) -> tuple[str, ...]:
@@ -125,6 +129,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, update. Returns what every request that moved got."""
+        self.twins.advance(idle=self._stalled or not self._live)
         start = time.perf_counter()
         preemptions = self.scheduler.preemptions
         outputs = self._expire()
@@ -133,10 +138,14 @@ class Engine:
         self._stalled = not plan
         if not plan:
             self.residency.note_step(None)
+            self._waits = self.twins.waits
             self.report_state()
             return outputs
         try:
-            logits = self._runner.logits([_chunk(scheduled) for scheduled in plan])
+            contents = {scheduled.sequence.content for scheduled in plan}
+            tokens = sum(scheduled.count for scheduled in plan)
+            twin: Runner | None = self.twins.runner_for(contents, tokens)
+            logits = (twin or self._runner).logits([_chunk(scheduled) for scheduled in plan])
             choices = self._choose(plan, logits)
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(plan))
@@ -147,13 +156,15 @@ class Engine:
         outputs += self._update(plan, choices)
         seconds = time.perf_counter() - start
         self.residency.note_step(seconds)
+        self.twins.note_step(contents, tokens, seconds)
         preempted = self.scheduler.preemptions - preemptions
         self.observer.on_step(
             StepStats(
                 seconds=seconds,
-                batch_tokens=sum(scheduled.count for scheduled in plan),
+                batch_tokens=tokens,
                 distinct_adapters=len({digest for s in plan for digest in s.sequence.adapters}),
                 preemptions=preempted,
+                merged=twin is not None,
             )
         )
         self.report_state()

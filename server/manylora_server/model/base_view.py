@@ -44,6 +44,13 @@ class BaseView:
         """Return a new tree with the modules, and the attention, that the view was taken with."""
         return _copy_tree(self._template)
 
+    def tree_with(self, modules: Mapping[str, nn.Module]) -> Any:
+        """Return a new tree in which ``modules`` are in the places of the base's, by name."""
+        tree = self.tree()
+        for name, module in modules.items():
+            _put(tree, name, module)
+        return tree
+
     def ordinary_tree(
         self, layout: BaseLayout, dtype: torch.dtype, written: Mapping[str, Collection[str]]
     ) -> Any:

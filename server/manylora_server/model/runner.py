@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Generator, Sequence
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,8 @@ from manylora_server.model.cuda_graphs import DecodeGraphs
 
 if TYPE_CHECKING:
     from manylora_server.model.program.program import StepProgram
+
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagedAttention, SegmentMap, SegmentMap]
 
 
 class ModelRunner:
@@ -45,43 +47,75 @@ class ModelRunner:
 
         They may lie in memory that the next call overwrites.
         """
-        order = sorted(range(len(chunks)), key=lambda i: _place(chunks[i]))
+        order, starts = _ordered(chunks)
         ordered = [chunks[i] for i in order]
         sampled = [i for i in order if chunks[i].sample]
-        ends: list[int] = []
-        total = 0
-        for chunk in ordered:
-            total += len(chunk.token_ids)
-            ends.append(total)
-        keep = [end - 1 for end, chunk in zip(ends, ordered, strict=True) if chunk.sample]
-        starts = [0, *ends]
         if self.graphs is not None:
             replayed = self.graphs.logits(ordered, _segments(ordered, starts))
             if replayed is not None:
                 return self._as_given(replayed, sampled)
+        inputs = self._inputs(ordered, starts)
+        if self.program is not None:
+            out = self.program.run(*inputs)
+        else:
+            out = self._without_program(*inputs)
+        return self._finished(out, inputs[2], sampled)
+
+    @torch.inference_mode()
+    def logits_in_pieces(
+        self, chunks: Sequence[Chunk], most: int
+    ) -> Generator[None, None, torch.Tensor]:
+        """Do what ``logits`` does, without graphs, and yield now and then.
+
+        That is after every ``most`` instructions of the program, and never where there is none.
+        """
+        order, starts = _ordered(chunks)
+        inputs = self._inputs([chunks[i] for i in order], starts)
+        if self.program is not None:
+            out = yield from self.program.in_pieces(*inputs, most)
+        else:
+            out = self._without_program(*inputs)
+        return self._finished(out, inputs[2], [i for i in order if chunks[i].sample])
+
+    def _inputs(self, ordered: Sequence[Chunk], starts: list[int]) -> _Inputs:
+        """Return the step's tensors: as ``StepProgram.run`` takes them."""
+        total = starts[-1]
+        keep = [end - 1 for end, chunk in zip(starts[1:], ordered, strict=True) if chunk.sample]
         segments = self._map(_segments(ordered, starts), total)
         output_segments = segments
         if self._keeps_logits:
             outputs = [chunk for chunk in ordered if chunk.sample]
             output_rows = range(len(outputs) + 1)
             output_segments = self._map(_segments(outputs, output_rows), len(outputs))
-        attention = self._attention(ordered, starts)
         token_ids = [token for chunk in ordered for token in chunk.token_ids]
         positions = [
             position
             for chunk in ordered
             for position in range(chunk.start, chunk.start + len(chunk.token_ids))
         ]
-        input_ids = torch.tensor([token_ids], device=self._device)
-        position_ids = torch.tensor([positions], device=self._device)
-        rows = torch.tensor(keep, dtype=torch.int64, device=self._device)
-        if self.program is not None:
-            out = self.program.run(
-                input_ids[0], position_ids[0], rows, attention, segments, output_segments
-            )
-        else:
-            with forward_context(ForwardContext(attention, segments, output_segments)):
-                out = self._forward(input_ids, position_ids, rows)
+        device = self._device
+        return (
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(keep, dtype=torch.int64, device=device),
+            self._attention(ordered, starts),
+            segments,
+            output_segments,
+        )
+
+    def _without_program(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        attention: PagedAttention,
+        segments: SegmentMap,
+        output_segments: SegmentMap,
+    ) -> torch.Tensor:
+        with forward_context(ForwardContext(attention, segments, output_segments)):
+            return self._forward(ids[None], positions[None], rows)
+
+    def _finished(self, out: torch.Tensor, rows: torch.Tensor, sampled: list[int]) -> torch.Tensor:
         if not self._keeps_logits:
             out = out[rows]
         return self._as_given(out, sampled).float()
@@ -135,6 +169,13 @@ class ModelRunner:
             query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
             num_decodes=sum(len(chunk.token_ids) == 1 for chunk in ordered),
         )
+
+
+def _ordered(chunks: Sequence[Chunk]) -> tuple[list[int], list[int]]:
+    """Return the order in which to compute ``chunks``, and where each of them begins in it."""
+    order = sorted(range(len(chunks)), key=lambda i: _place(chunks[i]))
+    starts = [0, *accumulate(len(chunks[i].token_ids) for i in order)]
+    return order, starts
 
 
 def _place(chunk: Chunk) -> tuple[bool, tuple[tuple[int, float], ...]]:

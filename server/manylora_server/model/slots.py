@@ -72,6 +72,12 @@ class AdapterSlots:
         empty = sum(slot.state is SlotState.EMPTY for slot in self._slots)
         return empty + len(self._idle(kept))
 
+    def slot_of(self, digest: str) -> int:
+        """Return the slot of a ready adapter, without a reference."""
+        index = self._by_digest[digest]
+        assert self._is(index, SlotState.READY), "the adapter is not on the device"
+        return index
+
     def begin(self, digest: str, adapter: CompiledAdapter, kept: Collection[str] = ()) -> bool:
         """Start to install ``adapter`` in an empty slot or in place of an idle adapter.
 

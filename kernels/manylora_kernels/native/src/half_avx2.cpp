@@ -20,6 +20,7 @@ constexpr int64_t kPanelsAtOnce = 4;
 #include "vector_avx2.h"
 
 struct Bfloat16 {
+  static constexpr int64_t kTile = kTileHalves;
   static V column(const uint16_t* tile, int row, int which) {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 2 * row));
     return _mm256_castsi256_ps(which == 0
@@ -29,9 +30,19 @@ struct Bfloat16 {
 };
 
 struct Float16 {
+  static constexpr int64_t kTile = kTileHalves;
   static V column(const uint16_t* tile, int row, int which) {
     return _mm256_cvtph_ps(
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + which * kHalfRows + row)));
+  }
+};
+
+struct Int8 {
+  static constexpr int64_t kTile = kInt8TileHalves;
+  static V column(const uint16_t* tile, int row, int which) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(tile) + which * kHalfRows + row;
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
   }
 };
 

@@ -20,6 +20,7 @@ constexpr int64_t kPanelsAtOnce = 4;
 #include "vector_avx512.h"
 
 struct Bfloat16 {
+  static constexpr int64_t kTile = kTileHalves;
   static V column(const uint16_t* tile, int, int which) {
     const __m512i both = _mm512_loadu_si512(tile);
     return _mm512_castsi512_ps(which == 0
@@ -29,9 +30,19 @@ struct Bfloat16 {
 };
 
 struct Float16 {
+  static constexpr int64_t kTile = kTileHalves;
   static V column(const uint16_t* tile, int, int which) {
     return _mm512_cvtph_ps(
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + which * kHalfRows)));
+  }
+};
+
+struct Int8 {
+  static constexpr int64_t kTile = kInt8TileHalves;
+  static V column(const uint16_t* tile, int, int which) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(tile) + which * kHalfRows;
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
   }
 };
 

@@ -2,8 +2,8 @@
 // source file, inside an anonymous namespace: nothing here may be shared between these files, or
 // the linker could keep the AVX-512 copy for all of them. For the same reason no std templates.
 //
-// The including file defines, before: kTileTokens, kSums, and for both kinds of weight
-//   struct Bfloat16, Float16 with V column(tile, first row, 0 or 1): kLanes rows, widened.
+// The including file defines, before: kTileTokens, kSums, and for all kinds of weight
+//   struct Bfloat16, Float16, Int8 with kTile (halves) and V column(tile, first row, 0 or 1): kLanes rows, widened.
 
 constexpr int kVectors = kHalfRows / kLanes;  // in a panel
 // Measured at one token from memory; past the end of the matrix it does nothing.
@@ -35,8 +35,8 @@ template <typename Half, int kTokens, int kPanels>
 void multiply_tile(const HalfJob& job, int64_t panel, int64_t start, int64_t columns,
                    const float* x, int64_t token) {
   constexpr int kAcross = kPanels * kVectors;
-  const int64_t panel_halves = even_up(job.in) / 2 * kTileHalves;
-  const uint16_t* tile = job.tiles + panel * panel_halves + start / 2 * kTileHalves;
+  const int64_t panel_halves = even_up(job.in) / 2 * Half::kTile;
+  const uint16_t* tile = job.tiles + panel * panel_halves + start / 2 * Half::kTile;
   V sum[kTokens][kAcross];
   for (auto& of_token : sum)
     for (V& value : of_token) value = zero();
@@ -56,7 +56,7 @@ void multiply_tile(const HalfJob& job, int64_t panel, int64_t start, int64_t col
         for (int v = 0; v < kAcross; ++v) sum[t][v] = fma(w[v], value, sum[t][v]);
       }
     }
-    tile += kTileHalves;
+    tile += Half::kTile;
     x += 2 * kTokens;
   }
   const bool ends = start + columns >= job.in;
@@ -66,6 +66,8 @@ void multiply_tile(const HalfJob& job, int64_t panel, int64_t start, int64_t col
     const int64_t rows = least(kLanes, job.out - row);
     if (rows <= 0) continue;
     const bool shift = ends && job.bias != nullptr;
+    const bool rescale = ends && job.scale != nullptr;
+    const V scale = rescale ? load_part(job.scale + row, rows) : zero();
     const V bias = shift ? load_part(job.bias + row, rows) : zero();
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
@@ -73,6 +75,7 @@ void multiply_tile(const HalfJob& job, int64_t panel, int64_t start, int64_t col
       V value = sum[t][v];
       // What y held before is never read.
       if (start != 0) value = add(load_part(y, rows), value);
+      if (rescale) value = mul(value, scale);
       if (shift) value = add(value, bias);
       store_part(y, rows, value);
     }
@@ -130,6 +133,8 @@ void multiply_kind(const HalfJob& job, int64_t first, int64_t last, const float*
 void multiply(const HalfJob& job, int64_t first, int64_t last, const float* packed) {
   if (job.kind == kBfloat16) {
     multiply_kind<Bfloat16>(job, first, last, packed);
+  } else if (job.kind == kInt8) {
+    multiply_kind<Int8>(job, first, last, packed);
   } else {
     multiply_kind<Float16>(job, first, last, packed);
   }

@@ -17,6 +17,7 @@ inline float from_bits(uint32_t bits) {
 }
 
 struct Bfloat16 {
+  static constexpr int64_t kTile = kTileHalves;
   static V column(const uint16_t* tile, int row, int which) {
     V v;
     for (int i = 0; i < kLanes; ++i)
@@ -26,6 +27,7 @@ struct Bfloat16 {
 };
 
 struct Float16 {
+  static constexpr int64_t kTile = kTileHalves;
   static V column(const uint16_t* tile, int row, int which) {
     V v;
     for (int i = 0; i < kLanes; ++i) {
@@ -36,6 +38,16 @@ struct Float16 {
       const float wide = finite ? size : from_bits(0x7f800000 | (half & 0x3ff) << 13);
       v.lane[i] = half & 0x8000 ? -wide : wide;
     }
+    return v;
+  }
+};
+
+struct Int8 {
+  static constexpr int64_t kTile = kInt8TileHalves;
+  static V column(const uint16_t* tile, int row, int which) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(tile) + which * kHalfRows + row;
+    V v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = static_cast<float>(bytes[i]);
     return v;
   }
 };

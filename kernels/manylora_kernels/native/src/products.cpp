@@ -100,7 +100,7 @@ bool run_linear(const InstructionList& list, const Group& group, const Fusion& f
       const auto& weight = *static_cast<const HalfMatrix*>(from(i).weight);
       jobs[i] = {weight.tiles,      at(i).a.in(step), from(i).bias, at(i).out.in(step),
                  weight.kind,       weight.out,       weight.in,    at(i).size[0],
-                 at(i).a_stride[0]};
+                 at(i).a_stride[0], weight.scale};
     }
     return half_linear(jobs, group.count, fusion, isa, threads) == 0;
   }

@@ -83,6 +83,7 @@ struct HalfMatrix {
   int64_t kind;
   int64_t out;
   int64_t in;
+  const float* scale;
 };
 
 // Token runs {start, end, rank row start, rank row end} with their weights, as RankSegments.

@@ -6,12 +6,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils._pytree import tree_leaves
 
 from manylora_server.model.program.affine import Affine
 from manylora_server.model.program.symbolic import SymbolicEvent, SymbolicRecording, SymbolicRef
 
 ALIGNMENT = 64
+
+
+class Arena:
+    """Memory that grows, for programs of which only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def address(self) -> int:
+        """Where it begins; another address means that it has grown."""
+        return self._memory.data_ptr()
+
+    def reserve(self, size: int) -> bool:
+        """Make room for ``size`` bytes; true if that moved it."""
+        if size <= self._memory.numel():
+            return False
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        return True
+
+    def since(self, start: int) -> torch.Tensor:
+        """Return the bytes from ``start`` on, in a number that any dtype divides."""
+        return self._memory[start : start + (self._memory.numel() - start) // 8 * 8]
 
 
 @dataclass(frozen=True, slots=True)

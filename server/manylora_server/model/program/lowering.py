@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from manylora_kernels.half import DTYPES
+from manylora_kernels.native.half import INT8_KIND
 from manylora_kernels.native.linear import nf4_matrix
 from manylora_kernels.native.program import (
     AttentionLayer,
@@ -189,14 +190,34 @@ class Lowering:
 
     def _half_linear(self, event: SymbolicEvent) -> list[Instruction]:
         x, tiles, out_features, bias = event.args
+        kind = DTYPES.index(tiles.tensor.dtype)
+        return self._tiled_linear(event, x, tiles, kind, None, out_features, bias)
+
+    def _int8_linear(self, event: SymbolicEvent) -> list[Instruction]:
+        x, tiles, scale, bias = event.args
+        if not scale.tensor.is_contiguous():
+            raise NotNativeError
+        out_features = scale.tensor.shape[0]
+        return self._tiled_linear(event, x, tiles, INT8_KIND, scale.tensor, out_features, bias)
+
+    def _tiled_linear(
+        self,
+        event: SymbolicEvent,
+        x: Any,
+        tiles: Constant,
+        kind: int,
+        scale: torch.Tensor | None,
+        out_features: int,
+        bias: Constant | None,
+    ) -> list[Instruction]:
         if not isinstance(x, SymbolicRef) or not tiles.tensor.is_contiguous():
             raise NotNativeError
         rows, columns = rows_of(x)
-        kind = DTYPES.index(tiles.tensor.dtype)
-        matrix = HalfMatrix(tiles.tensor.data_ptr(), kind, out_features, columns)
+        address = None if scale is None else scale.data_ptr()
+        matrix = HalfMatrix(tiles.tensor.data_ptr(), kind, out_features, columns, address)
         result = self._matrices(Code.HALF_LINEAR, rows, x, event.outs[0])
         result.weight = ctypes.addressof(matrix)
-        self.kept.extend((tiles.tensor, matrix))
+        self.kept.extend((tiles.tensor, scale, matrix))
         self._set_bias(result, bias)
         return [result]
 
@@ -257,6 +278,7 @@ _RULES: dict[Any, Callable[[Lowering, SymbolicEvent], list[Instruction]]] = {
     _aten.cat.default: Lowering._concatenate,
     torch.ops.manylora.nf4_linear.default: Lowering._nf4_linear,
     torch.ops.manylora.half_linear.default: Lowering._half_linear,
+    torch.ops.manylora.int8_linear.default: Lowering._int8_linear,
 }
 
 

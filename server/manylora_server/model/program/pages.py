@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 from manylora_kernels.native.program import LayerCache, Pages
 from manylora_server.model.attention import KVCache, PagedAttention
@@ -11,8 +12,8 @@ from manylora_server.model.attention import KVCache, PagedAttention
 class PageTable:
     """Keeps the addresses of the caches of ``layers``, in the order of the program's calls."""
 
-    def __init__(self) -> None:
-        self.layers: list[int] = []
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._layers = layers
         self._cache: KVCache | None = None
         self._addresses = (LayerCache * 1)()
 
@@ -20,7 +21,7 @@ class PageTable:
         """Return the structure for a step; it points into ``attention``'s tensors."""
         cache = attention.cache
         if cache is not self._cache:
-            found = [cache.layers[layer] for layer in self.layers]
+            found = [cache.layers[layer] for layer in self._layers]
             self._addresses = (LayerCache * max(1, len(found)))(
                 *(LayerCache(k.data_ptr(), v.data_ptr()) for k, v in found)
             )

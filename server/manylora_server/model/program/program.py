@@ -8,7 +8,8 @@ come and go: what they do enters through hooks, whose tables are refreshed for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from manylora_server.model.attention import PagedAttention
 from manylora_server.model.context import ForwardContext, forward_context
 from manylora_server.model.modules import AdaptedModules
 from manylora_server.model.program.affine import SAMPLES
-from manylora_server.model.program.arena import ArenaPlan, plan_arena
+from manylora_server.model.program.arena import Arena, ArenaPlan, plan_arena
 from manylora_server.model.program.foreign import BoundCall, View, bind_call
 from manylora_server.model.program.hooks import HookPlace, HookTable
 from manylora_server.model.program.lowering import Lowering
@@ -36,6 +37,7 @@ from manylora_server.model.program.symbolic import (
     SymbolicRef,
     unify,
 )
+from manylora_server.model.program.variant import exchanged
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -61,24 +63,30 @@ class StepProgram:
         self.adapters: AdaptedModules | None = None
         self._recording = recording
         self._plan: ArenaPlan = plan_arena(recording)
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = Arena()
         self._layouts: dict[tuple[int, int], _Layout] = {}
+        self._laid_at = 0
         self._lowering = Lowering(self._plan)
         self._instructions: list[Instruction] = []
         # By instruction: what torch computes always, and the hooks that it may have to.
         self._foreign: dict[int, SymbolicEvent] = {}
         self._hook_at: list[int] = []
-        self._pages = PageTable()
+        # By event: its first instruction, and how many there are.
+        self._spans: list[tuple[int, int]] = []
+        self._layers: list[int] = []
         places: list[HookPlace] = []
         hook_events: list[SymbolicEvent] = []
         for event in recording.events:
+            start = len(self._instructions)
             if event.kind == "module":
                 places.append(self._add_hook(event, len(places), head))
                 hook_events.append(event)
             else:
                 self._add(event)
+            self._spans.append((start, len(self._instructions) - start))
         self._hook_events = tuple(hook_events)
         self._table = HookTable(places)
+        self._pages = PageTable(self._layers)
         self._places = tuple(places)
         self._native = NativeProgram(self._instructions)
 
@@ -86,6 +94,34 @@ class StepProgram:
     def foreign_calls(self) -> tuple[str, ...]:
         """What torch computes in every step, in order."""
         return tuple(str(event.target) for event in self._foreign.values())
+
+    @property
+    def instructions(self) -> int:
+        """How many instructions a pass has."""
+        return len(self._instructions)
+
+    def variant(self, modules: Mapping[str, nn.Module], memory: Arena | None = None) -> StepProgram:
+        """Return a program for the same pass with ``modules`` in place of the base's, by name.
+
+        It has tables of its own and no adapters. Its memory is this one's if none is given; it must
+        not be where the two are run in turns before either is done.
+        """
+        other = copy.copy(self)
+        other.adapters = None
+        other._instructions = [*self._instructions]
+        other._foreign = {**self._foreign}
+        other._lowering = Lowering(self._plan)
+        for index, event in exchanged(self._recording.events, modules).items():
+            other._exchange(index, event)
+        other._foreign = dict(sorted(other._foreign.items()))
+        if modules:
+            other._native = NativeProgram(other._instructions)
+        other._layouts = {}
+        other._table = HookTable(self._places)
+        other._pages = PageTable(self._layers)
+        if memory is not None:
+            other._arena = memory
+        return other
 
     def run(
         self,
@@ -100,39 +136,88 @@ class StepProgram:
 
         ``ids`` and ``positions`` int64 ``[T]``; ``rows`` int64 ``[n]``: those with logits.
         """
+        pieces = self.in_pieces(ids, positions, rows, attention, segments, output_segments)
+        try:
+            while True:
+                next(pieces)
+        except StopIteration as end:
+            logits: torch.Tensor = end.value
+            return logits
+
+    def in_pieces(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        attention: PagedAttention,
+        segments: SegmentMap,
+        output_segments: SegmentMap,
+        most: int = 1 << 30,
+    ) -> Generator[None, None, torch.Tensor]:
+        """Do what ``run`` does, and yield after every ``most`` instructions at the latest.
+
+        Meanwhile adapters may come and go, but not those of ``segments``.
+        """
         tokens, outputs = ids.shape[0], rows.shape[0]
         layout = self._layout(tokens, outputs)
         for name, given in (("ids", ids), ("positions", positions), ("rows", rows)):
             layout.views[name].view(-1).copy_(given)
-        self._table.set(self.adapters, segments, output_segments)
-        hooks, lora, rescale = self._table.addresses
         pages = self._pages.pages(attention)
-        step = Step(tokens, outputs, layout.slots.ctypes.data, hooks, lora, rescale, pages)
-        called = {self._hook_at[hook]: hook for hook in self._table.called}
-        stops = sorted((*self._foreign, *called)) if called else list(self._foreign)
+        end = len(self._instructions)
         place = 0
-        for stop in stops:
-            if stop > place:
-                self._native.run(step, place, stop)
-            place = stop + 1
-            if stop in called:
-                place = self._call_hook(called[stop], layout, segments, output_segments, attention)
-            elif stop in layout.attention:
-                self._attend(stop, layout, attention)
-            else:
-                layout.calls[stop]()
-        if place < len(self._instructions):
-            self._native.run(step, place, len(self._instructions))
+        while place < end:
+            self._table.set(self.adapters, segments, output_segments)
+            hooks, lora, rescale = self._table.addresses
+            step = Step(tokens, outputs, layout.slots.ctypes.data, hooks, lora, rescale, pages)
+            called = {self._hook_at[hook]: hook for hook in self._table.called}
+            stops = sorted((*self._foreign, *called)) if called else list(self._foreign)
+            until = min(end, place + most)
+            for stop in stops:
+                if not place <= stop < until:
+                    continue
+                if stop > place:
+                    self._native.run(step, place, stop)
+                place = stop + 1
+                if stop in called:
+                    place = self._call_hook(
+                        called[stop], layout, segments, output_segments, attention
+                    )
+                elif stop in layout.attention:
+                    self._attend(stop, layout, attention)
+                else:
+                    layout.calls[stop]()
+            if place < until:
+                self._native.run(step, place, until)
+                place = until
+            if place < end:
+                yield
         return layout.views["logits"]
+
+    def _exchange(self, index: int, event: SymbolicEvent) -> None:
+        """Let ``event`` be computed where the recording's event ``index`` is."""
+        start, count = self._spans[index]
+        replaced = self._recording.events[index]
+        instruction = Instruction(code=Code.FOREIGN)
+        self._foreign[start] = event
+        if replaced.kind == "operator":
+            assert count == 1
+            try:
+                (instruction,) = self._lowering.instructions(event)
+            except NotNativeError:
+                pass
+            else:
+                del self._foreign[start]
+        # A module's first instruction is the place where torch takes over.
+        self._instructions[start] = instruction
 
     def _add(self, event: SymbolicEvent) -> None:
         try:
             if event.kind == "operator":
                 self._instructions.extend(self._lowering.instructions(event))
             else:
-                number = len(self._pages.layers)
+                number = len(self._layers)
                 self._instructions.append(self._lowering.attention(event, number))
-                self._pages.layers.append(event.target)
+                self._layers.append(event.target)
             return
         except NotNativeError:
             pass
@@ -189,29 +274,29 @@ class StepProgram:
         out.copy_(result)
 
     def _layout(self, tokens: int, outputs: int) -> _Layout:
+        # Whatever was laid out before the arena grew points into the old one, and keeps it.
+        if self._laid_at != self._arena.address:
+            self._layouts.clear()
         found = self._layouts.get((tokens, outputs))
         if found is not None:
             return found
         places, size = self._plan.addresses(tokens, outputs)
-        if size > self._arena.numel():
-            # Whatever was laid out before points into the old arena.
+        if self._arena.reserve(size) or len(self._layouts) >= _REMEMBERED:
             self._layouts.clear()
-            self._arena = torch.empty(size, dtype=torch.uint8)
-        elif len(self._layouts) >= _REMEMBERED:
-            self._layouts.clear()
+        self._laid_at = self._arena.address
         layout = self._lay_out(places, tokens, outputs)
         self._layouts[tokens, outputs] = layout
         return layout
 
     def _lay_out(self, places: list[int], tokens: int, outputs: int) -> _Layout:
-        base = self._arena.data_ptr()
+        base = self._arena.address
         slots = torch.tensor([base + place for place in places], dtype=torch.int64).numpy()
 
         def view(ref: SymbolicRef) -> torch.Tensor:
             start = places[self._plan.slot_of[ref.buffer]]
             size = [n.at(tokens, outputs) for n in ref.size]
             stride = [n.at(tokens, outputs) for n in ref.stride]
-            whole = self._arena[start : start + self._bytes_from(start)].view(ref.dtype)
+            whole = self._arena.since(start).view(ref.dtype)
             return whole.as_strided(
                 size, stride, whole.storage_offset() + ref.offset.at(tokens, outputs)
             )
@@ -227,9 +312,6 @@ class StepProgram:
             else:
                 calls[stop] = bind_call(event, tokens, outputs, view)
         return _Layout(slots, view, views, calls, attention)
-
-    def _bytes_from(self, start: int) -> int:
-        return (self._arena.numel() - start) // 8 * 8
 
 
 def record_program(

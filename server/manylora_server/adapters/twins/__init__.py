@@ -1,0 +1,1 @@
+"""Merged twins of a running server: built, measured, chosen, dropped."""
