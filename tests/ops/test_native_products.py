@@ -125,8 +125,8 @@ def apart(layers: list[Layer], x: torch.Tensor, rows: SegmentMap) -> list[torch.
             if runs is not None:
                 lora_delta_(y, x, a, b, runs)
         rescaled = rows.resolve_rows(RESCALED)
-        # Rounded twice, as the program does.
-        for start, end, row in [] if rescaled is None else rescaled.tolist():
+        # Rounded twice, as the program does; no segment here has a weight.
+        for start, end, row, _ in [] if rescaled is None else rescaled.tolist():
             y[start:end] = y[start:end].mul(one.scale[row]).add(one.shift[row])
         results.append(y)
     return results
