@@ -131,7 +131,13 @@ def _run(task: Task, scratch: Path, progress: Progress) -> None:
     command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.check_process", str(path)]
     with (scratch / "log").open("w+b") as log:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            # A terminal's interrupt is for this process, which then ends that one.
+            start_new_session=True,
         )
         try:
             while process.poll() is None:
