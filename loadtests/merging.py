@@ -29,6 +29,8 @@ _RESULTS = Path(__file__).resolve().parent / "results"
 _BATCHES = (1, 4, 16)
 # An unmerge is over at once; what it could do to the steps around it shows within this.
 _AROUND_S = 1.0
+_ANSWER = 600
+_SETTLE_S = 12.0
 
 
 def main() -> int:
@@ -119,12 +121,13 @@ async def _latency(
     async def stream(index: int) -> None:
         number = itertools.count()
         chosen = other if index < options.others else name
-        # So long that the steps with a new prompt in them are far fewer than one in a hundred; of
-        # different lengths, so that new ones do not begin together.
-        longest = min(shape.positions - 32, 1600)
+        # So long that steps with a new prompt in them are fewer than one in a hundred, and begun at
+        # different times, so that the contexts' mean length stays as it is.
+        length = _ANSWER * (index + 1) // options.clients
         while not ends.is_set():
             seed = ("latency", index, next(number))
-            (request,) = _requests(shape, chosen, 1, longest - 37 * index, seed)
+            (request,) = _requests(shape, chosen, 1, length, seed)
+            length = _ANSWER
             records.append(await complete(server.client, request, time.perf_counter()))
 
     async def mark(what: str, since: float) -> None:
@@ -133,7 +136,7 @@ async def _latency(
     async with asyncio.TaskGroup() as group:
         for index in range(options.clients):
             group.create_task(stream(index))
-        await asyncio.sleep(2.0)  # past the first prompts
+        await asyncio.sleep(_SETTLE_S)
         start = time.perf_counter()
         await asyncio.sleep(options.window_s)
         await mark("before", start)

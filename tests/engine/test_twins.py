@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from manylora_server.adapters.twins.job import MergeOrder
+from manylora_server.adapters.twins.policy import AutoMerge, PolicySettings
 from manylora_server.adapters.twins.step_times import PathChoice
 from manylora_server.core.errors import (
     AdapterConflictError,
@@ -206,6 +207,11 @@ def test_dropping_a_twin_frees_it(make: Any) -> None:
         assert len(held) > 4
         del program
         assert core.twins.drop(digest(engine, "one"))
+        freed = core.twins.freed()
+        while core.twins.busy:
+            core.step()
+        assert freed.done()
+        assert core.twins.bytes == 0
         gc.collect()
         assert [ref() for ref in held if ref() is not None] == []
     assert not core.twins.drop(digest(engine, "one"))
@@ -382,6 +388,33 @@ def test_the_slots_are_all_taken(make: Any) -> None:
         core.step()
     assert isinstance(future.exception(), OverloadedError)
     core.abort("long")
+
+
+def test_automatic_merging_follows_the_traffic(make: Any) -> None:
+    engine = make()
+    core = inner(engine)
+    told: list[str] = []
+    core.twins._observer.on_auto_merge = told.append  # type: ignore[method-assign]
+    clock = iter(range(1_000_000))
+    # A second passes whenever the policy looks; any traffic pays, until there is none.
+    settings = PolicySettings(
+        every_s=3, window_s=30, promote_s=1e-9, demote_s=1e-12, patience=2, residence_s=5
+    )
+    core.twins._policy = policy = AutoMerge(settings, lambda: float(next(clock)))
+    one = engine.adapters.resolve("one")
+    arrivals = {40 * n: [request(f"r{n}", PROMPT, one, max_tokens=30)] for n in range(8)}
+    outputs = run(core, arrivals)
+    assert all(got[-1].finish_reason is FinishReason.LENGTH for got in outputs.values())
+    assert told == ["promote"]
+    record = core.twins.records[one.digest]
+    assert record.automatic
+    assert record.precision == "bf16"
+    assert core.twins.stats()["automatic"]["last_decision"]["action"] == "promote"
+    run(core, {40 * n: [request(f"b{n}", PROMPT, None, max_tokens=30)] for n in range(8)})
+    assert told[:2] == ["promote", "demote"]
+    assert not core.twins.records
+    assert policy.last is not None
+    assert "saves 0.00 s a minute" in policy.last.reason
 
 
 def test_without_a_program_a_tree_is_used(make: Any, twins_win: None) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from support.adapters import lora, save_adapter
 from support.admin import complete, digest_of, upload
+from support.models import build_model
 from support.server_process import Run, metric, wait_until
 from support.world import NEW_TOKENS, PROMPTS, World
 
@@ -111,19 +114,21 @@ def test_a_step_on_the_twin_is_counted(run: Run, http: httpx.Client) -> None:
     assert metric(run.url, "twins") == 0
 
 
-def test_a_twin_goes_with_its_revision(world: World, run: Run, http: httpx.Client) -> None:
-    upload(http, "tone", world.adapters["ada"]).raise_for_status()
-    old = digest_of(world.adapters["ada"])
+def test_a_twin_goes_with_its_revision(http: httpx.Client, tmp_path: Path) -> None:
+    base = build_model("llama")
+    first, second = (
+        save_adapter(base, lora("llama"), tmp_path / str(seed), seed) for seed in (50, 51)
+    )
+    old = digest_of(first)
+    upload(http, "tone", first).raise_for_status()
     assert post(http, "tone", "merge")["merged"] == "bf16"
     # Another revision under the name is another adapter; the old one's twin has no use any more.
-    made = upload(http, "tone", world.adapters["ada"].parent / "dora")
-    assert made.json()["merged"] is None
+    assert upload(http, "tone", second).raise_for_status().json()["merged"] is None
     wait_until(lambda: not _twins(http), "the twin of the revision before is dropped")
-    back = post(http, "tone", "rollback", {"digest": old})
-    assert back["merged"] is None
+    assert post(http, "tone", "rollback", {"digest": old})["merged"] is None
     post(http, "tone", "merge", {"precision": "int8"})
     assert _twins(http) == [old]
-    # Removing the name removes it; so does unloading.
+    # Unloading frees it, and so does removing the name.
     assert post(http, "tone", "unload")["merged"] is None
     post(http, "tone", "merge", {"precision": "int8"})
     http.delete("/admin/adapters/tone").raise_for_status()

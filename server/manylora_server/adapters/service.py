@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -182,6 +182,8 @@ class AdapterService:
                 f"name: {max(count, 1)} requests use adapter {name!r} now; try again later.",
                 param="name",
             )
+        gone = await asyncio.wrap_future(self._engine.run(self._twins.freed))
+        await asyncio.wrap_future(gone)
         await in_thread(give_memory_back)
         return await self.describe(name)
 
@@ -210,7 +212,12 @@ class AdapterService:
         """Drop the twin of the name's current revision, or stop making one; else do nothing."""
         record = await self._record(name)
         digest = record.digest
-        await asyncio.wrap_future(self._engine.run(lambda: self._twins.drop(digest)))
+
+        def drop() -> Future[None]:
+            self._twins.drop(digest)
+            return self._twins.freed()
+
+        await asyncio.wrap_future(await asyncio.wrap_future(self._engine.run(drop)))
         await in_thread(give_memory_back)
         return await self.describe(name)
 

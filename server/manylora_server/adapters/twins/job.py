@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from manylora_server.adapters.residency import Residency
@@ -32,7 +33,7 @@ from manylora_server.model.twin.build import BuiltModules, build_modules, twin_b
 from manylora_server.model.twin.exact import check_mergeable
 from manylora_server.model.twin.fidelity import Fidelity
 from manylora_server.model.twin.pace import Pace
-from manylora_server.model.twin.storage import StoragePlan
+from manylora_server.model.twin.storage import StoragePlan, own_tensors
 from manylora_store.compiler.canonical import CompiledAdapter
 from manylora_store.errors import AdapterError, AdapterUnsupportedError
 
@@ -114,6 +115,7 @@ class MergedTwin:
     digest: str
     runner: ModelRunner
     record: TwinRecord
+    weights: tuple[torch.Tensor, ...]
 
 
 def merge(
@@ -175,7 +177,8 @@ def merge(
         seconds=time.perf_counter() - begun,
         choice=choice,
     )
-    return MergedTwin(order.digest, runner, record)
+    weights = tuple(t for module in built.modules.values() for t in own_tensors(module))
+    return MergedTwin(order.digest, runner, record, weights)
 
 
 def _compiled(digest: str, residency: Residency) -> Work[CompiledAdapter]:

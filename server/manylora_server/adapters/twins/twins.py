@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.twins.job import Base, MergedTwin, MergeOrder, Work, merge
 from manylora_server.adapters.twins.policy import AutoMerge
@@ -65,24 +67,28 @@ class Twins:
         self._policy = policy
         self._twins: dict[str, MergedTwin] = {}
         self._jobs: list[_Job] = []
+        # Weights of dropped twins: giving back hundreds of megabytes at once would be felt.
+        self._leaving: list[torch.Tensor] = []
+        self._gone: list[Future[None]] = []
         self.merged_steps = 0
         self.fused_steps = 0
 
     @property
     def busy(self) -> bool:
-        """Whether a twin is being made or waits to be."""
-        return bool(self._jobs)
+        """Whether a twin is being made or waits to be, or one's memory is being freed."""
+        return bool(self._jobs or self._leaving)
 
     @property
     def waits(self) -> bool:
         """Whether all that is to be done waits for an adapter to be loaded."""
-        return not self._jobs or self._jobs[0].waits
+        return not self._leaving and (not self._jobs or self._jobs[0].waits)
 
     @property
     def bytes(self) -> int:
-        """What all twins take, those that are being made included."""
+        """What all twins take, those that are being made, or freed, included."""
         made = sum(twin.record.bytes for twin in self._twins.values())
-        return made + sum(job.bytes for job in self._jobs)
+        leaving = sum(weight.numel() * weight.element_size() for weight in self._leaving)
+        return made + leaving + sum(job.bytes for job in self._jobs)
 
     def merge(self, order: MergeOrder) -> Future[TwinRecord]:
         """Have a twin made; the result comes when steps may use it.
@@ -113,9 +119,10 @@ class Twins:
         return future
 
     def drop(self, digest: str) -> bool:
-        """Take the adapter's twin away and free its memory, and stop making one; false: neither.
+        """Take the adapter's twin away, and stop making one; false: neither was there.
 
-        Requests go on with the base and the adapter's deltas from the next step on.
+        Requests go on with the base and the adapter's deltas from the next step on. The memory
+        comes back between steps; ``freed`` says when.
         """
         stopped = [job for job in self._jobs if job.order.digest == digest]
         for job in stopped:
@@ -123,13 +130,25 @@ class Twins:
         dropped = self._twins.pop(digest, None)
         if dropped is not None:
             logger.info("adapter %s: its twin is dropped", digest[:12])
+            self._leaving.extend(dropped.weights)
             self._publish()
         return dropped is not None or bool(stopped)
+
+    def freed(self) -> Future[None]:
+        """Return what is done once all dropped twins have given their memory back."""
+        future: Future[None] = Future()
+        if self._leaving:
+            self._gone.append(future)
+        else:
+            future.set_result(None)
+        return future
 
     def refuse_all(self, error: ManyloraError) -> None:
         """Answer all merges under way with ``error``: there will be no more steps."""
         for job in [*self._jobs]:
             self._end(job, error)
+        self._leaving.clear()
+        self._settle_freed()
 
     def runner_for(self, digests: set[str | None], tokens: int) -> ModelRunner | None:
         """Return what a step over ``tokens`` of requests for ``digests`` is to use.
@@ -160,6 +179,13 @@ class Twins:
         if self._policy is not None:
             self._follow(self._policy)
         until = time.perf_counter() + self.pace.begin(idle=idle)
+        if self._leaving:
+            self._leaving.pop()
+            while self._leaving and time.perf_counter() < until:
+                self._leaving.pop()
+            if self._leaving:
+                return
+            self._settle_freed()
         while self._jobs:
             if not self._advance(self._jobs[0]) or time.perf_counter() >= until:
                 return
@@ -237,6 +263,9 @@ class Twins:
 
     def _finish(self, job: _Job, twin: MergedTwin) -> None:
         record = twin.record
+        before = self._twins.get(twin.digest)
+        if before is not None:
+            self._leaving.extend(before.weights)
         self._twins[twin.digest] = twin
         logger.info(
             "adapter %s is merged as %s: %d modules, %.1f MiB in %s, %.1f s; logits differ by "
@@ -258,7 +287,7 @@ class Twins:
         """Return the record of a twin that is asked for again; an operator makes it his own."""
         if twin.record.automatic and not order.automatic:
             record = replace(twin.record, automatic=False)
-            self._twins[twin.digest] = MergedTwin(twin.digest, twin.runner, record)
+            self._twins[twin.digest] = replace(twin, record=record)
             self._publish()
             return record
         return twin.record
@@ -282,6 +311,12 @@ class Twins:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+    def _settle_freed(self) -> None:
+        gone, self._gone = self._gone, []
+        for future in gone:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
 
     def _note_jobs(self) -> None:
         self.merging = tuple(job.order.digest for job in self._jobs)

@@ -165,6 +165,17 @@ class StoragePlan:
         return count * self.dense.itemsize
 
 
+def own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Return the tensors of a finished module that take memory."""
+    if isinstance(module, NF4Linear):
+        return module.weight_nf4.tensors
+    if isinstance(module, HalfLinear | HalfEmbedding):
+        return [module.weight_half.tiles]
+    if isinstance(module, Int8Linear):
+        return [module.weight_int8.tiles]
+    return [*module.parameters(), *([module.weight] if isinstance(module, PackedLinear) else [])]
+
+
 def with_parameters(base: nn.Module, parameters: Any, like: Callable[[Any], Any]) -> nn.Module:
     """Return a module as ``base`` with other ``parameters``; all else is shared.
 
