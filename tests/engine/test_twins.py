@@ -6,12 +6,14 @@ import gc
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from manylora_kernels import select_backend, selected_backend
 from manylora_server.adapters.twins.job import MergeOrder
 from manylora_server.adapters.twins.policy import AutoMerge, PolicySettings
 from manylora_server.adapters.twins.step_times import PathChoice
@@ -29,6 +31,9 @@ from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.model.experts import NF4Experts
 from manylora_server.model.half_linear import HalfModule
 from manylora_server.model.nf4_linear import NF4Linear
+from manylora_server.model.twin.exact import check_mergeable
+from manylora_store.compiler.canonical import CompiledAdapter, ModulePatch
+from manylora_store.errors import AdapterUnsupportedError
 from support.adapters import lora, save_adapter
 from support.models import save_model
 from support.serving import Recorder, bring_in, build, inner, merge, request, run, tokens_of
@@ -364,6 +369,44 @@ def test_a_twin_that_is_wired_wrongly_is_not_used(
     assert isinstance(error, EngineFailureError)
     assert "is not used" in error.message
     assert not inner(engine).twins.records
+
+
+def test_rounded_activations_do_not_hide_what_the_twin_is(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make("one", quantization="nf4")
+    monkeypatch.setattr("manylora_server.model.twin.storage._widens", lambda: False)
+    before = selected_backend("nf4_linear")
+    select_backend("nf4_linear", "reference-int8")
+    try:
+        record = merge(engine, "one")
+    finally:
+        select_backend("nf4_linear", before)
+    assert record.storage == "float32"
+    assert record.error.largest_relative_logit_error < 1e-4
+
+
+@dataclass(frozen=True)
+class _Rotated(ModulePatch):
+    rotation: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Prompted(CompiledAdapter):
+    virtual_tokens: tuple[int, ...] = ()
+
+
+def test_what_is_more_than_weights_is_refused_by_name(make: Any) -> None:
+    engine = make("one")
+    layout = inner(engine).twins._base.loaded.layout
+    record = engine.adapters.get("one")
+    assert record is not None
+    name = "model.layers.0.self_attn.q_proj"
+    check_mergeable(_Prompted(record, {name: _Rotated()}), layout)
+    with pytest.raises(AdapterUnsupportedError, match=r"rotation of module 'model\.layers\.0"):
+        check_mergeable(CompiledAdapter(record, {name: _Rotated(rotation=torch.ones(1))}), layout)
+    with pytest.raises(AdapterUnsupportedError, match="virtual tokens"):
+        check_mergeable(_Prompted(record, {}, virtual_tokens=(1,)), layout)
 
 
 def test_the_server_ends_while_it_merges(make: Any) -> None:

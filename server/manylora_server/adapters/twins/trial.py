@@ -10,6 +10,7 @@ from statistics import fmean, median
 
 import torch
 
+from manylora_kernels import nf4_linear_in_float
 from manylora_server.adapters.canary import CHUNKS, canary_prompts
 from manylora_server.adapters.receipt import divergence
 from manylora_server.adapters.twins.record import TwinError
@@ -58,9 +59,11 @@ class Trial:
                 Chunk(prompt[start:end], start, _table(index, _BLOCKS), self._adapters, True)
                 for index, prompt in enumerate(prompts)
             ]
-            expected = (yield from self._run(self.fused, chunks)).to("cpu", copy=True)
+            fused = yield from _in_float(self._run(self.fused, chunks))
+            expected = fused.to("cpu", copy=True)
             yield
-            got = (yield from self._run(self.twin, chunks)).to("cpu", copy=True)
+            twin = yield from _in_float(self._run(self.twin, chunks))
+            got = twin.to("cpu", copy=True)
             for pair in zip(expected, got, strict=True):
                 yield
                 rows.append(_differences(*pair))
@@ -130,6 +133,18 @@ class Trial:
 
 
 _DONE = object()
+
+
+def _in_float(pieces: Pieces) -> Pieces:
+    """Do ``pieces`` with activations that are not rounded, which would hide what is looked for."""
+    while True:
+        try:
+            with nf4_linear_in_float():
+                next(pieces)
+        except StopIteration as end:
+            logits: torch.Tensor = end.value
+            return logits
+        yield
 
 
 def trial_cache(
