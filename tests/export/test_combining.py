@@ -19,13 +19,12 @@ from manylora_store.errors import CombinationError
 from manylora_store.export.adapter_folder import lora_content, write_lora
 from manylora_store.export.combining import Member, combine
 from manylora_store.export.methods import METHODS, Recipe
-from support.adapters import adalora, lora, save_adapter
+from support.adapters import adalora, lora, save_adapter, train_biases
 from support.exporting import (
     assert_different,
     assert_same,
     export,
     load,
-    train_biases,
     with_peft,
 )
 from support.models import save_model

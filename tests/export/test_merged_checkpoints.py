@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from manylora_server.core.errors import AdapterRefusedError, InvalidRequestError
-from support.adapters import adalora, lora, save_adapter
+from support.adapters import adalora, lora, save_adapter, train_biases
 from support.exporting import (
     assert_different,
     assert_same,
@@ -21,7 +21,6 @@ from support.exporting import (
     load,
     logits,
     merged_by_peft,
-    train_biases,
     with_peft,
 )
 from support.models import ARCHITECTURES, build_model, save_model
@@ -43,6 +42,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "modules_to_save": ("llama", lora("llama", modules_to_save=["lm_head", "norm"])),
     "embeddings and head": ("llama", lora("llama", target_modules=BOTH)),
     "biases": ("qwen2", lora("qwen2", bias="all")),
+    "biases of norms": ("gpt2", lora("gpt2", bias="all")),
     "lora_bias": ("qwen2", lora("qwen2", lora_bias=True, bias="lora_only")),
     "trained head": ("phi", lora("phi", target_modules=["q_proj", "lm_head"])),
 }

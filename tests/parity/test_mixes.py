@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from manylora_kernels import native
 from manylora_server.core.errors import AdapterRefusedError
 from manylora_server.core.types import AdapterMix, Request
 from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.engine.kv_blocks import KVBlocks
-from support.adapters import adalora, lora, save_adapter
+from support.adapters import adalora, lora, save_adapter, train_biases
 from support.mixing import Weights, mix_of, peft_cat, summed
 from support.models import VOCAB, save_model
 from support.oracle import Oracle, greedy
@@ -164,17 +163,6 @@ SUMMED: dict[str, tuple[dict[str, Any], dict[str, Weights]]] = {
         },
     ),
 }
-
-
-def train_biases(folder: Path, seed: int) -> None:
-    """Change the base's biases that an adapter brings, as training would."""
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in tensors.items():
-        if name.endswith(".bias") and "lora_" not in name:
-            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, file)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

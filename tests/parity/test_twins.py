@@ -13,7 +13,7 @@ from peft import PeftModel
 from manylora_server.adapters.twins.step_times import PathChoice
 from manylora_server.engine.async_engine import AsyncEngine
 from manylora_server.model.twin import storage
-from support.adapters import adalora, attention_targets, lora, save_adapter
+from support.adapters import adalora, attention_targets, lora, save_adapter, train_biases
 from support.models import ARCHITECTURES, save_model
 from support.oracle import greedy, load_base
 from support.serving import Recorder, build, inner, merge, request, run, tokens_of
@@ -109,6 +109,8 @@ def test_a_merged_adapter_is_what_peft_merges(
         name: save_adapter(base, config, tmp_path / name, seed)
         for seed, (name, config) in enumerate(kinds(architecture).items())
     }
+    for adapter in adapters.values():
+        train_biases(adapter)
     engine = build(folder, tmp_path / "home", adapters=adapters)
     for name, adapter in adapters.items():
         record = merge(engine, name)

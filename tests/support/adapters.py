@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 # Substrings that mark an adapter's own parameters in a PeftModel.
 _OWN = ("lora_", "modules_to_save.")
@@ -75,3 +76,14 @@ def save_adapter(base: Any, config: Any, folder: Path, seed: int) -> Path:
         peft_model.save_pretrained(folder)
         peft_model.unload()
     return folder
+
+
+def train_biases(adapter: Path, seed: int = 3) -> None:
+    """Change the biases of the base that an adapter's file holds, as training would have."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith(".bias") and "lora_" not in name:
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, path, {"format": "pt"})

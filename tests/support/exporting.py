@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from manylora_server.export.export import Export, WeightedFiles, run_export
@@ -41,17 +40,6 @@ def export(
     recipe = Recipe(method, density, rank, seed)  # type: ignore[arg-type]
     wanted = Export(base.name, base, members, goal, recipe=recipe, check=check, **settings)
     return run_export(wanted, progress or Progress(lambda share, left: None), None)
-
-
-def train_biases(adapter: Path) -> None:
-    """Change the biases of the base that an adapter's file holds, as training would have."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    generator = torch.Generator().manual_seed(3)
-    for name, tensor in tensors.items():
-        if name.endswith(".bias"):
-            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, path, {"format": "pt"})
 
 
 def load(folder: Path) -> Any:

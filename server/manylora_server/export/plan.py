@@ -236,7 +236,7 @@ def _merged(spec: ModuleSpec, patch: ModulePatch, slot: str, source: Source) -> 
         with reading(source) as base_rows:
             yield lambda start, stop: merged_rows(spec, patch, base_rows, start, stop)
         return
-    if slot == "bias" and spec.kind == "linear":
+    if slot == "bias":
         values = merged_bias(patch, source.rows(0, source.form.shape[0]))
     else:
         assert patch.replacement is not None, f"{spec.name}.{slot}"

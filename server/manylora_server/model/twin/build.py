@@ -77,9 +77,13 @@ def _weight(
 
 
 def _norm(base: nn.Module, patch: ModulePatch, plan: StoragePlan) -> nn.Module:
-    assert patch.replacement is not None
+    parameters = dict(patch.replacement or {})
+    if patch.shift is not None:
+        bias = parameters.get("bias", base.bias)
+        assert isinstance(bias, torch.Tensor), "a bias was trained, so there is one"
+        parameters["bias"] = bias.detach().to("cpu", torch.float32) + patch.shift
 
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(plan.device, plan.dtype)
 
-    return with_parameters(base, patch.replacement, placed)
+    return with_parameters(base, parameters, placed)
