@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from manylora_server.adapters.memory import give_memory_back
 from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.twins.job import Base, MergedTwin, MergeOrder, Work, merge
 from manylora_server.adapters.twins.policy import AutoMerge
@@ -180,9 +181,9 @@ class Twins:
             self._follow(self._policy)
         until = time.perf_counter() + self.pace.begin(idle=idle)
         if self._leaving:
-            self._leaving.pop()
+            self._free_one()
             while self._leaving and time.perf_counter() < until:
-                self._leaving.pop()
+                self._free_one()
             if self._leaving:
                 return
             self._settle_freed()
@@ -311,6 +312,11 @@ class Twins:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+    def _free_one(self) -> None:
+        # The C library is asked each time: all at the end would hold its lock, and with it a step.
+        self._leaving.pop()
+        give_memory_back()
 
     def _settle_freed(self) -> None:
         gone, self._gone = self._gone, []
