@@ -38,7 +38,7 @@ def serves_on(request, expect):
         ({"adapter": "dora@00000000"}, 404, "adapter_not_found", "adapter"),
         ({"adapter": "dora@0123"}, 400, "invalid_request", "adapter"),
         ({"adapter": ""}, 400, "invalid_request", "adapter"),
-        ({"adapter": {"dora": 0.5, "rs": 0.5}}, 400, "invalid_request", "adapter"),
+        ({"adapter": {"dora": 0.5, "rs": 0.5}}, 422, "adapter_unsupported", "adapter"),
         ({"model": "nobody"}, 404, "model_not_found", "model"),
         ({"model": f"{BASE}:nobody"}, 404, "model_not_found", "model"),
         ({"model": "dora", "adapter": "rs"}, 400, "invalid_request", "adapter"),
