@@ -4,15 +4,16 @@
 // Products that share an x share their regions too: each kind of product takes several jobs.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
+#include "ahead.h"
 #include "runtime.h"
 
 namespace manylora {
 
 // Most products that share their regions.
 constexpr int64_t kMostProducts = 8;
+constexpr int64_t kMostReads = 32;
 
 // Outputs [first, last) of one product for tokens [token, token + tokens).
 struct Outputs {
@@ -35,6 +36,8 @@ class Fusion {
   // How many outputs `after` should be given at least; 0: whatever an item has, by the thread that
   // computed them, while they lie in its cache.
   virtual int64_t outputs_at_once() const { return 0; }
+  // Writes where lies what `after` reads for these outputs, at most kMostReads; returns how many.
+  virtual int64_t reads(const Outputs& /*outputs*/, LineRun* /*runs*/) const { return 0; }
 };
 
 inline const Fusion& nothing_fused() {
@@ -72,6 +75,7 @@ class PanelItems {
     return {product, first, least(first + size_, panels_of(product))};
   }
   int64_t products() const { return products_; }
+  int64_t panels_of(int64_t product) const { return quotient_up(outputs_[product], panel_rows_); }
   int64_t items_of(int64_t product) const { return quotient_up(panels_of(product), size_); }
   int64_t outputs_of(int64_t product) const { return outputs_[product]; }
   Outputs outputs(const Item& item, int64_t token, int64_t tokens) const {
@@ -80,8 +84,6 @@ class PanelItems {
   }
 
  private:
-  int64_t panels_of(int64_t product) const { return quotient_up(outputs_[product], panel_rows_); }
-
   int64_t panel_rows_;
   int64_t outputs_[kMostProducts] = {};
   int64_t products_ = 0;
@@ -102,54 +104,6 @@ void prepare(int packers, int64_t units, int64_t size, int threads, const Fusion
       pack(item * size, least((item + 1) * size, units));
     else
       fusion.before(item - packs);
-  });
-}
-
-// Computes all items for tokens [token, token + tokens), by compute(thread, item), and what is fused.
-//
-// Long runs of outputs wait until their product is done. Those of all products but the last come
-// within the last product's items, which keep the other threads computing meanwhile: they are
-// bound by memory, the items by arithmetic.
-template <typename Compute>
-void run_items(int threads, const PanelItems& panels, int64_t token, int64_t tokens,
-               const Fusion& fusion, const Compute& compute) {
-  const int64_t at_once = fusion.outputs_at_once();
-  if (at_once == 0) {
-    parallel(threads, panels.count(), 1, [&](int thread, int64_t number, int64_t) {
-      const PanelItems::Item item = panels.item(number);
-      compute(thread, item);
-      fusion.after(panels.outputs(item, token, tokens));
-    });
-    return;
-  }
-  PanelItems runs(1);
-  for (int64_t i = 0; i < panels.products(); ++i) runs.add(panels.outputs_of(i));
-  runs.cut(std::max(at_once, quotient_up(runs.panels(), int64_t{2} * threads)));
-  const int64_t last = panels.products() - 1;
-  const int64_t early_runs = runs.count() - runs.items_of(last);
-  const int64_t before_runs = panels.count() - (last > 0 ? panels.items_of(last) / 2 : 0);
-  std::atomic<int64_t> done[kMostProducts] = {};
-  const auto run_item = [&](int thread, int64_t number) {
-    const PanelItems::Item item = panels.item(number);
-    compute(thread, item);
-    done[item.product].fetch_add(1);
-  };
-  const auto change_run = [&](int64_t number) {
-    const PanelItems::Item run = runs.item(number);
-    // Items are handed out in order, so the threads that are waited for are at work.
-    while (done[run.product].load() < panels.items_of(run.product)) {
-    }
-    fusion.after(runs.outputs(run, token, tokens));
-  };
-  parallel(threads, panels.count() + runs.count(), 1, [&](int thread, int64_t number, int64_t) {
-    if (number < before_runs)
-      run_item(thread, number);
-    else if (number < before_runs + early_runs)
-      change_run(number - before_runs);
-    else if (number < panels.count() + early_runs)
-      run_item(thread, number - early_runs);
-    else
-      change_run(number - panels.count());
   });
 }
 

@@ -1,7 +1,7 @@
 // half_linear as C++ and Python call it: how the work is cut up and shared among threads.
 #include "arena.h"
-#include "fusion.h"
 #include "half.h"
+#include "run_items.h"
 
 namespace manylora {
 namespace {
@@ -55,9 +55,10 @@ int half_linear(const HalfJob* jobs, int64_t count, const Fusion& fusion, int is
     prepare(packers, quotient_up(x.tokens, kernels->tile_tokens), 1, threads,
             token == 0 ? fusion : nothing_fused(),
             [&](int64_t first, int64_t last) { kernels->pack(x, first, last, packed); });
-    run_items(threads, panels, token, x.tokens, fusion, [&](int, const PanelItems::Item& item) {
-      kernels->multiply(part_of(item.product, token), item.first, item.last, packed);
-    });
+    run_items(threads, panels, token, x.tokens, 0, fusion,
+              [&](int, const PanelItems::Item& item, Ahead&) {
+                kernels->multiply(part_of(item.product, token), item.first, item.last, packed);
+              });
   }
   return 0;
 }

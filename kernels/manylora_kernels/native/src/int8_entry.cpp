@@ -2,8 +2,8 @@
 // shared among threads.
 #include <algorithm>
 
-#include "fusion.h"
 #include "int8.h"
+#include "run_items.h"
 
 #if MANYLORA_AMX
 #include <sys/syscall.h>
@@ -59,10 +59,11 @@ bool run(const Int8Kernels& kernels, const Nf4Job* jobs, int64_t count, const Fu
   constexpr int64_t kShared = 4;
   const int64_t share = quotient_up(panels.panels(), int64_t{threads} * 8);
   panels.cut(quotient_up(least(share, kernels.item_panels), kShared) * kShared);
-  run_items(threads, panels, 0, job.tokens, fusion, [&](int thread, const PanelItems::Item& item) {
-    kernels.rows(jobs[item.product], x, item.first, item.last,
-                 scratch.data() + thread * scratch_floats);
-  });
+  run_items(threads, panels, 0, job.tokens, 0, fusion,
+            [&](int thread, const PanelItems::Item& item, Ahead&) {
+              kernels.rows(jobs[item.product], x, item.first, item.last,
+                           scratch.data() + thread * scratch_floats);
+            });
   return true;
 }
 

@@ -89,4 +89,18 @@ int64_t LoraFusion::outputs_at_once() const {
   return longest < kManyTokens ? kLongRun : 0;
 }
 
+int64_t LoraFusion::reads(const Outputs& outputs, LineRun* runs) const {
+  int64_t count = 0;
+  const LoraJob& job = jobs_[outputs.product];
+  for (int64_t i = 0; i < job.count && count < kMostReads; ++i) {
+    const LoraSegment& s = job.segments[i];
+    if (s.rank <= 0 || s.start >= outputs.token + outputs.tokens || s.end <= outputs.token)
+      continue;
+    const int64_t bytes = factor_bytes(s.type);
+    runs[count++] = lines_of(static_cast<const char*>(s.b) + outputs.first * bytes,
+                             (outputs.last - outputs.first) * bytes, s.rank, job.out * bytes);
+  }
+  return count;
+}
+
 }  // namespace manylora

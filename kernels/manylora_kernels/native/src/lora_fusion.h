@@ -1,6 +1,7 @@
 // The low-rank products of several layers over one x, in the regions of the layers' own products:
 // x is shrunk beside its packing; of many tokens, each item's outputs are expanded into while they
-// are in the cache, so y is not read a second time.
+// are in the cache, so y is not read a second time. Of few tokens y is small and B large: outputs are
+// expanded in long runs, for which B is fetched during the layers' arithmetic.
 #pragma once
 
 #include "fusion.h"
@@ -21,6 +22,7 @@ class LoraFusion : public Fusion {
   void before(int64_t item) const override;
   void after(const Outputs& outputs) const override;
   int64_t outputs_at_once() const override;
+  int64_t reads(const Outputs& outputs, LineRun* runs) const override;
 
  private:
   const LoraJob* jobs_;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ahead.h"
+
 namespace manylora {
 
 class Fusion;
@@ -54,8 +56,8 @@ struct Nf4Kernels {
   // packed [block][tile of tile_tokens tokens][column in kOrder][token], tokens * in floats.
   void (*pack)(const Nf4Job& job, int64_t tile_tokens, int64_t first, int64_t last, float* packed);
   // Rows of panels [first, last) for at most few_tokens tokens, a single tile; weights are
-  // unpacked in registers.
-  void (*few)(const Nf4Job& job, int64_t first, int64_t last, const float* packed);
+  // unpacked in registers. Of `beside` a share is fetched for each panel's segment.
+  void (*few)(const Nf4Job& job, int64_t first, int64_t last, const float* packed, Ahead& beside);
   // Rows of panels [first, last), from a multiple of panels_at_once on, for any number of tokens;
   // weights are unpacked into memory. scratch: many_scratch(kernels, last - first, tokens) floats.
   void (*many)(const Nf4Job& job, int64_t first, int64_t last, const float* packed, float* scratch);

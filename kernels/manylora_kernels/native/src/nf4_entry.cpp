@@ -1,6 +1,6 @@
 // nf4_linear as Python calls it through ctypes: how the work is cut up and shared among threads.
-#include "fusion.h"
 #include "nf4.h"
+#include "run_items.h"
 
 namespace manylora {
 namespace {
@@ -66,10 +66,12 @@ bool run_few(const Nf4Kernels& kernels, const Jobs& all, const Fusion& fusion, i
       pack(kernels, x, x.tokens, threads, now, packed.data());
     else
       prepare(1, 0, 1, threads, now, [](int64_t, int64_t) {});
-    run_items(threads, panels, token, x.tokens, fusion, [&](int, const PanelItems::Item& item) {
-      const Nf4Job part = all.part(item.product, token, most);
-      kernels.few(part, item.first, item.last, part.tokens > 1 ? packed.data() : part.x);
-    });
+    run_items(threads, panels, token, x.tokens, job.w.in / job.w.segment, fusion,
+              [&](int, const PanelItems::Item& item, Ahead& beside) {
+                const Nf4Job part = all.part(item.product, token, most);
+                kernels.few(part, item.first, item.last,
+                            part.tokens > 1 ? packed.data() : part.x, beside);
+              });
   }
   return true;
 }
@@ -92,8 +94,8 @@ bool run_many(const Nf4Kernels& kernels, const Jobs& all, const Fusion& fusion, 
     const Nf4Job x = all.part(0, token, chunk);
     pack(kernels, x, kernels.tile_tokens, threads, token == 0 ? fusion : nothing_fused(),
          packed.data());
-    run_items(threads, panels, token, x.tokens, fusion,
-              [&](int thread, const PanelItems::Item& item) {
+    run_items(threads, panels, token, x.tokens, 0, fusion,
+              [&](int thread, const PanelItems::Item& item, Ahead&) {
                 kernels.many(all.part(item.product, token, chunk), item.first, item.last,
                              packed.data(), scratch.data() + thread * floats);
               });

@@ -11,7 +11,8 @@ constexpr int x_offset(int column, int token) {
 // Not to be inlined: a compiler that allocates registers for several of these at once keeps sums
 // in memory.
 template <int kTokens, int kPanels>
-__attribute__((noinline)) void few_panels(const Nf4Job& job, int64_t panel, const float* x) {
+__attribute__((noinline)) void few_panels(const Nf4Job& job, int64_t panel, const float* x,
+                                          Ahead& beside) {
   const Nf4Matrix& w = job.w;
   const Code code(w.code);
   const int64_t segments = w.in / w.segment;
@@ -67,6 +68,7 @@ __attribute__((noinline)) void few_panels(const Nf4Job& job, int64_t panel, cons
 #pragma GCC unroll 32
         for (int t = 0; t < kTokens; ++t)
           total[p][v][t] = fma(sum[p][v][t], load(maximum[p] + v * kLanes), total[p][v][t]);
+    for (int p = 0; p < kPanels; ++p) fetch_share(beside);
   }
   for (int p = 0; p < kPanels; ++p)
     for (int v = 0; v < kVectors; ++v) {
@@ -80,18 +82,19 @@ __attribute__((noinline)) void few_panels(const Nf4Job& job, int64_t panel, cons
 }
 
 template <int kTokens>
-void few_dispatch(const Nf4Job& job, int64_t first, int64_t last, const float* packed) {
+void few_dispatch(const Nf4Job& job, int64_t first, int64_t last, const float* packed,
+                  Ahead& beside) {
   if (job.tokens == kTokens) {
     constexpr int kPanels = few_panels_at_once(kTokens);
     int64_t panel = first;
     for (; panel + kPanels <= last; panel += kPanels)
-      few_panels<kTokens, kPanels>(job, panel, packed);
-    for (; panel < last; ++panel) few_panels<kTokens, 1>(job, panel, packed);
+      few_panels<kTokens, kPanels>(job, panel, packed, beside);
+    for (; panel < last; ++panel) few_panels<kTokens, 1>(job, panel, packed, beside);
   } else if constexpr (kTokens > 1) {
-    few_dispatch<kTokens - 1>(job, first, last, packed);
+    few_dispatch<kTokens - 1>(job, first, last, packed, beside);
   }
 }
 
-void few(const Nf4Job& job, int64_t first, int64_t last, const float* packed) {
-  few_dispatch<kFewTokens>(job, first, last, packed);
+void few(const Nf4Job& job, int64_t first, int64_t last, const float* packed, Ahead& beside) {
+  few_dispatch<kFewTokens>(job, first, last, packed, beside);
 }
