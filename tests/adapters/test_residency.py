@@ -140,6 +140,11 @@ def test_a_mix_that_cannot_fit_beside_the_pinned_ones_fails(
     residency.pin(frozenset({a}))
     assert residency.fits((a, b))
     assert not residency.fits((b, c))
+    residency.hold(b)
+    assert residency.fits((a, b))
+    assert not residency.fits((a, c))
+    residency.let_go(b)
+    assert residency.fits((a, c))
     residency.begin_step()
     with pytest.raises(AdapterLoadError, match="needs 2 adapters on the device at once") as caught:
         residency.prepare((b, c))

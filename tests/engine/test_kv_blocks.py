@@ -97,6 +97,24 @@ def test_shares_between_mixes_that_compute_the_same(first: Any, second: Any) -> 
     assert cached_after((range(16), first), (range(16), second)) == 12
 
 
+def test_what_is_renewed_is_shared_no_more_and_shares_anew() -> None:
+    blocks = KVBlocks(32, BLOCK)
+    early = [make(range(12), "a"), make(range(12), "b")]
+    for sequence in early:
+        compute(blocks, sequence)
+    blocks.renew("a")
+    fresh, other = make(range(12), "a"), make(range(12), "b")
+    assert blocks.admit(fresh)
+    assert blocks.admit(other)
+    assert (fresh.computed, other.computed) == (0, 8)
+    fresh.computed = 12
+    blocks.commit(fresh)
+    again = make(range(12), "a")
+    assert blocks.admit(again)
+    assert again.computed == 8
+    blocks.check_integrity([*early, fresh, other, again])
+
+
 def test_nothing_is_shared_where_the_prefix_cache_is_off() -> None:
     blocks = KVBlocks(32, BLOCK, prefix_cache=False)
     early, late = make(range(12)), make(range(12))

@@ -233,6 +233,25 @@ def _own_tensors(program: Any) -> Iterator[torch.Tensor]:
             yield event.args[1].tensor
 
 
+def test_nobody_goes_on_from_what_a_dropped_twin_computed(make: Any, twins_win: None) -> None:
+    engine = make()
+    core = inner(engine)
+    one = engine.adapters.resolve("one")
+    prompt = [7 + 3 * index for index in range(40)]
+
+    def cached(name: str) -> int:
+        return run(core, {0: [request(name, prompt, one)]})[name][-1].cached_tokens
+
+    merge(engine, "one", "nf4", force=True)
+    assert (cached("merged"), cached("again") > 0) == (0, True)
+    assert core.twins.drop(one.digest)
+    assert (cached("unmerged"), cached("once more") > 0) == (0, True)
+    merge(engine, "one", "int8")
+    assert cached("the base's own keys and values serve a twin as well") > 0
+    merge(engine, "one", "bf16")
+    assert cached("another twin in its place") == 0
+
+
 def test_an_nf4_twin_that_loses_the_adapter_is_refused(make: Any) -> None:
     engine = make("quiet", "one", quantization="nf4")
     error = failure(engine, "quiet", "nf4")

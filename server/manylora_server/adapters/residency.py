@@ -131,7 +131,7 @@ class Residency:
             if failed is not None:
                 raise failed
         missing = self._missing(digests)
-        if len(digests) > 1 and not self.fits(digests):
+        if len(digests) > 1 and len({*digests, *self.pinned}) > len(self.slots):
             raise AdapterLoadError(
                 f"the mix needs {len(digests)} adapters on the device at once, but of its "
                 f"{len(self.slots)} slots too many are pinned to others"
@@ -161,8 +161,8 @@ class Residency:
         return max(0, len(self._missing(digests)) - self.slots.room(kept))
 
     def fits(self, digests: Iterable[str]) -> bool:
-        """Whether there are slots enough for the adapters and all pinned ones together."""
-        return len({*digests, *self.pinned}) <= len(self.slots)
+        """Whether there are slots enough for the adapters beside all that are pinned or held."""
+        return len({*digests, *self.pinned, *self._held}) <= len(self.slots)
 
     def acquire(self, digest: str) -> int:
         """Return the slot of an adapter that ``prepare`` found ready, with one more reference."""

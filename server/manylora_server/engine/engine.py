@@ -70,6 +70,8 @@ class Engine:
     ) -> None:
         self._runner = runner
         self.twins = twins
+        # Nobody should go on from keys and values that a twin no longer there has rounded.
+        twins.on_dropped = blocks.renew
         self._decoder = decoder
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence as SequenceOf
 
 from manylora_server.engine.sequence import Sequence
@@ -30,6 +30,7 @@ class KVBlocks:
         self._free = list(range(num_blocks - 1, 0, -1))
         self._references = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
+        self._editions: Counter[str] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
 
@@ -136,12 +137,19 @@ class KVBlocks:
             shared.append(block)
         return shared
 
+    def renew(self, content: str) -> None:
+        """Keep sequences to come from sharing what was computed for ``content`` until now."""
+        self._editions[content] += 1
+
+    def _root(self, content: str) -> bytes:
+        return f"{content}#{self._editions[content]}".encode()
+
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
         hashes = sequence.block_hashes
         while len(hashes) < count:
             start = len(hashes) * self.block_tokens
             tokens = sequence.token_ids[start : start + self.block_tokens]
-            parent = hashes[-1] if hashes else (sequence.content or "base").encode()
+            parent = hashes[-1] if hashes else self._root(sequence.content or "base")
             hashes.append(hashlib.sha256(parent + b"|" + array("q", tokens).tobytes()).digest())
 
     def _reference(self, block: int) -> None:

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 # the median position; an nf4 twin's is for its operator to judge.
 _MOST_ERROR = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 6e-2, "int8": 1e-1}
 
+# Steps to wait for a slot: turns on slots end within fewer.
+_MOST_TURNS = 64
+
 GO_ON = True
 WAIT = False
 
@@ -127,15 +130,15 @@ def merge(
 ) -> Work[MergedTwin]:
     """Build, compare and time the twin of ``order``. The engine's thread, between steps.
 
-    ``claim`` is told the bytes that it will take, and raises if there is no room. The adapter must
-    be held on the device meanwhile (``Residency.hold``).
+    ``claim`` is told the bytes that it will take, and raises if there is no room. The adapter is
+    held on the device (``Residency.hold``) from the comparison on; the caller lets it go.
 
     Raises ``ManyloraError``.
     """
     begun = time.perf_counter()
     loaded = base.loaded
     compiled = yield from _compiled(order.digest, residency)
-    slot = yield from _on_device(order.digest, residency)
+    _check_room(order.digest, residency)
     plan = StoragePlan.of(order.precision, loaded.dtype, loaded.device)
     try:
         check_mergeable(compiled, loaded.layout)
@@ -155,6 +158,9 @@ def merge(
         raise _lost_too_much(fidelity)
     runner = base.with_modules(dict(built.modules))
     yield GO_ON
+    # Only now: who waits for a slot should not wait for the building.
+    residency.hold(order.digest)
+    slot = yield from _on_device(order.digest, residency)
     trial = base.trial(runner, slot)
     difference = yield from _going_on(trial.compare())
     _check(difference, plan)
@@ -200,17 +206,30 @@ def _compiled(digest: str, residency: Residency) -> Work[CompiledAdapter]:
 
 def _on_device(digest: str, residency: Residency) -> Work[int]:
     """Return the adapter's slot once its patches are in it."""
+    turns = 0
     while True:
         readiness = residency.prepare((digest,))
         if readiness is Readiness.READY:
             return residency.slots.slot_of(digest)
         if readiness is Readiness.NO_ROOM:
-            raise OverloadedError(
-                f"all {len(residency.slots)} adapter slots are in use or pinned, and merging needs "
-                "one to compare with; try again later, or start the server with more "
-                "--adapter-slots."
-            )
+            _check_room(digest, residency)
+            turns += 1
+            if turns > _MOST_TURNS:
+                raise _no_slot(residency)
         yield WAIT
+
+
+def _check_room(digest: str, residency: Residency) -> None:
+    """Raise ``OverloadedError`` where no slot can become free by requests ending or giving way."""
+    if not residency.fits((digest,)):
+        raise _no_slot(residency)
+
+
+def _no_slot(residency: Residency) -> OverloadedError:
+    return OverloadedError(
+        f"all {len(residency.slots)} adapter slots are in use or pinned, and merging needs one to "
+        "compare with; try again later, or start the server with more --adapter-slots."
+    )
 
 
 def _going_on(work: Generator[None, None, ResultT]) -> Work[ResultT]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,8 @@ class Twins:
         self._residency = residency
         self._observer = observer
         self._policy = policy
+        # Told of every twin that steps no longer use.
+        self.on_dropped: Callable[[str], None] = lambda digest: None
         self._twins: dict[str, MergedTwin] = {}
         self._jobs: list[_Job] = []
         # Weights of dropped twins: giving back hundreds of megabytes at once would be felt.
@@ -130,6 +132,7 @@ class Twins:
             self._end(job, AdapterConflictError("name: the merge was called off.", param="name"))
         dropped = self._twins.pop(digest, None)
         if dropped is not None:
+            self.on_dropped(digest)
             logger.info("adapter %s: its twin is dropped", digest[:12])
             self._leaving.extend(dropped.weights)
             self._publish()
@@ -226,7 +229,6 @@ class Twins:
         """Do one piece; false if nothing can be done before others have done something."""
         digest = job.order.digest
         if job.work is None:
-            self._residency.hold(digest)
             job.work = merge(
                 job.order,
                 self._base,
@@ -267,6 +269,8 @@ class Twins:
         before = self._twins.get(twin.digest)
         if before is not None:
             self._leaving.extend(before.weights)
+        if twin.digest in self._twins:
+            self.on_dropped(twin.digest)
         self._twins[twin.digest] = twin
         logger.info(
             "adapter %s is merged as %s: %d modules, %.1f MiB in %s, %.1f s; logits differ by "
