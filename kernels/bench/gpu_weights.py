@@ -5,26 +5,7 @@ from __future__ import annotations
 import torch
 
 from manylora_kernels import NF4Weight
-
-# The code book of QLoRA (arXiv:2305.14314), appendix E.
-_NF4 = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-]
+from manylora_kernels.nf4_pieces import NF4_CODE
 
 
 def random_nf4(shape: tuple[int, int], device: torch.device) -> NF4Weight:
@@ -33,7 +14,7 @@ def random_nf4(shape: tuple[int, int], device: torch.device) -> NF4Weight:
     blocks = -(-rows * columns // 64)
     return NF4Weight(
         packed=torch.randint(256, (rows * columns // 2,), dtype=torch.uint8, device=device),
-        code=torch.tensor(_NF4, device=device),
+        code=torch.tensor(NF4_CODE, device=device),
         absmax=torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
         shape=shape,
         block_size=64,

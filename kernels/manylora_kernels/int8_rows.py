@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-PANEL_ROWS = 16
+from manylora_kernels.half import PANEL_ROWS
+
 _LARGEST = 127
 
 

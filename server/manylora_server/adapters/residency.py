@@ -138,7 +138,7 @@ class Residency:
             )
         arrived: dict[str, CompiledAdapter] = {}
         for digest in missing:
-            adapter = self._arrived(digest)
+            adapter = self.arrived(digest)
             if adapter is not None:
                 arrived[digest] = adapter
         if len(arrived) < len(missing):
@@ -154,6 +154,19 @@ class Residency:
             self._note_device()
         ready = [self._advance(digest) for digest in digests]
         return Readiness.READY if all(ready) else Readiness.LOADING
+
+    def arrived(self, digest: str) -> CompiledAdapter | None:
+        """Return the adapter from host memory; where it is not there, have it brought first.
+
+        Raises ``AdapterLoadError``.
+        """
+        try:
+            adapter = self.host.peek(digest)
+        except Exception as error:
+            raise _load_error(digest, error) from error
+        if adapter is None:
+            self.host.request(digest, now=True)
+        return adapter
 
     def shortage(self, digests: Collection[str]) -> int:
         """Return how many slots are lacking now for the adapters to be on the device together."""
@@ -188,16 +201,6 @@ class Residency:
 
     def _missing(self, digests: Iterable[str]) -> list[str]:
         return [digest for digest in digests if self.slots.state(digest) is SlotState.EMPTY]
-
-    def _arrived(self, digest: str) -> CompiledAdapter | None:
-        """Return the adapter from host memory; where it is not there, have it brought first."""
-        try:
-            adapter = self.host.peek(digest)
-        except Exception as error:
-            raise _load_error(digest, error) from error
-        if adapter is None:
-            self.host.request(digest, now=True)
-        return adapter
 
     def _advance(self, digest: str) -> bool:
         try:

@@ -19,7 +19,7 @@ from manylora_server.api.admin_schemas import (
 from manylora_server.api.body import media_type, read_json, read_optional_json
 from manylora_server.api.generation import until_disconnect
 from manylora_server.api.openapi import json_body, query_parameters, upload_body
-from manylora_server.api.query import no_query, read_query
+from manylora_server.api.query import no_query, page, read_query
 from manylora_server.api.services import services_of
 from manylora_server.api.shapes import Json
 from manylora_server.api.uploads import MULTIPART, receive_upload
@@ -70,16 +70,10 @@ async def add_adapter(request: Request) -> Json:
 async def list_adapters(request: Request) -> Json:
     """List adapters by name; ``next`` is the ``after`` of the page that follows."""
     query = read_query(request, ListQuery)
-    page, has_more = await _service(request).list(
+    found, has_more = await _service(request).list(
         limit=query.limit, after=query.after, residency=query.residency
     )
-    data = [status.as_dict() for status in page]
-    return {
-        "object": "list",
-        "data": data,
-        "has_more": has_more,
-        "next": data[-1]["name"] if has_more else None,
-    }
+    return page([status.as_dict() for status in found], "name", has_more=has_more)
 
 
 @router.get("/admin/adapters/{name}", dependencies=_NO_QUERY)

@@ -14,7 +14,7 @@ from manylora_server.api.admin_schemas import ExportBody, ExportListQuery, NoFie
 from manylora_server.api.body import read_json, read_optional_json
 from manylora_server.api.errors import error_event, internal_error
 from manylora_server.api.openapi import json_body, query_parameters
-from manylora_server.api.query import no_query, read_query
+from manylora_server.api.query import no_query, page, read_query
 from manylora_server.api.services import services_of
 from manylora_server.api.shapes import Json
 from manylora_server.api.sse import DONE, EventStreamResponse, data_event
@@ -60,12 +60,7 @@ async def list_exports(request: Request) -> Json:
     """List exports since the server's start, newest first."""
     query = read_query(request, ExportListQuery)
     data, has_more = _service(request).list(limit=query.limit, after=query.after)
-    return {
-        "object": "list",
-        "data": data,
-        "has_more": has_more,
-        "next": data[-1]["id"] if has_more else None,
-    }
+    return page(data, "id", has_more=has_more)
 
 
 @router.get("/admin/exports/{identity}", dependencies=_NO_QUERY)

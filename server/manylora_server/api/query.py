@@ -1,4 +1,5 @@
-"""A request's query, validated as strictly as a body but for types: a query holds text only."""
+"""A request's query, validated as strictly as a body but for types: a query holds text only; and
+the pages that queries ask for."""
 
 from __future__ import annotations
 
@@ -39,3 +40,9 @@ def read_query(request: Request, model: type[QueryT]) -> QueryT:
 async def no_query(request: Request) -> None:
     """Refuse any parameter; the dependency of routes that have none."""
     read_query(request, NoQuery)
+
+
+def page(data: list[dict[str, Any]], key: str, *, has_more: bool) -> dict[str, Any]:
+    """Return one page of a list; ``next`` is the ``after`` of the page that follows, by ``key``."""
+    following = data[-1][key] if has_more else None
+    return {"object": "list", "data": data, "has_more": has_more, "next": following}

@@ -16,7 +16,6 @@ from manylora_server.adapters.residency import Residency
 from manylora_server.adapters.twins.record import LEAST_SHARE, TwinError, TwinRecord
 from manylora_server.adapters.twins.trial import Trial, trial_cache
 from manylora_server.core.errors import (
-    AdapterLoadError,
     AdapterRefusedError,
     EngineFailureError,
     OverloadedError,
@@ -189,19 +188,12 @@ def merge(
 
 def _compiled(digest: str, residency: Residency) -> Work[CompiledAdapter]:
     """Return the adapter once it is in host memory."""
-    host = residency.host
-    host.request(digest, now=True)
     try:
-        while True:
-            try:
-                adapter = host.peek(digest)
-            except Exception as error:
-                raise AdapterLoadError(f"the adapter could not be loaded: {error}") from error
-            if adapter is not None:
-                return adapter
+        while (adapter := residency.arrived(digest)) is None:
             yield WAIT
+        return adapter
     finally:
-        host.taken(digest)
+        residency.host.taken(digest)
 
 
 def _on_device(digest: str, residency: Residency) -> Work[int]:
